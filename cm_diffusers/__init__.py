@@ -1,0 +1,35 @@
+"""Consistency models for diffusers: distil any pretrained UNet into a one-step generator, and sample from it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "ConsistencyScheduler": "cm_diffusers.schedulers",
+    "ConsistencySchedulerOutput": "cm_diffusers.schedulers",
+    "ConsistencyPipeline": "cm_diffusers.pipelines",
+    "ConsistencyConfig": "cm_diffusers.training",
+    "ConsistencyTrainer": "cm_diffusers.training",
+}
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from cm_diffusers.pipelines import ConsistencyPipeline as ConsistencyPipeline
+    from cm_diffusers.schedulers import ConsistencyScheduler as ConsistencyScheduler
+    from cm_diffusers.schedulers import ConsistencySchedulerOutput as ConsistencySchedulerOutput
+    from cm_diffusers.training import ConsistencyConfig as ConsistencyConfig
+    from cm_diffusers.training import ConsistencyTrainer as ConsistencyTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import cm_diffusers` itself costs nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

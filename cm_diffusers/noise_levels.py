@@ -1,0 +1,99 @@
+"""Noise levels: the Karras grid, how many levels it has at each training step, and which pair a sample draws."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class LevelPair(NamedTuple):
+    """Two neighbouring noise levels per sample, `sigma > sigma_lower`, each of shape `(batch,)`, float32 on the CPU."""
+
+    sigma: Tensor
+    sigma_lower: Tensor
+
+
+def karras_sigmas(ramp: np.ndarray, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
+    """Noise levels along the Karras schedule (Karras et al. 2022, equation 5).
+
+    Args:
+        ramp (`np.ndarray`): positions from 0 (`sigma_max`) to 1 (`sigma_min`).
+        sigma_min, sigma_max (`float`): the ends.
+        rho (`float`): curvature; larger spends more levels on small sigma.
+
+    Returns:
+        `np.ndarray`: in float64, with the ends up to rounding.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def karras_grid(num_levels: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """The ascending Karras grid with exact ends, in float32.
+
+    Args:
+        num_levels (`int`): N >= 2.
+
+    Raises:
+        `ValueError`: if `num_levels < 2` or the ends are not `0 < sigma_min < sigma_max`.
+    """
+    if num_levels < 2:
+        raise ValueError(f"A grid needs at least 2 noise levels, got `num_levels={num_levels}`.")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
+    sigmas = karras_sigmas(np.linspace(1, 0, num_levels), sigma_min, sigma_max, rho)
+    sigmas[0], sigmas[-1] = sigma_min, sigma_max
+    return torch.from_numpy(sigmas).float()
+
+
+# Curricula: pure functions of the step, so that every rank computes the same -----------------------------------------
+
+
+def progressive_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
+    """N(k) of Song et al. 2023, appendix C: from `s0 + 1` (`s0` for an exact root) to `s1 + 1` levels, like a square root."""
+    progress = min(step / total_steps, 1.0)
+    return math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+
+
+def doubling_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
+    """N(k) of Song & Dhariwal 2023, equation 7: `s0 + 1` levels, doubling at equal intervals until `s1 + 1`."""
+    interval = max(total_steps // (math.floor(math.log2(s1 // s0)) + 1), 1)
+    doublings = min(step // interval, math.ceil(math.log2(s1 / s0)))
+    return min(s0 * 2**doublings, s1) + 1
+
+
+def progressive_mu(num_levels: int, s0: int, mu0: float) -> float:
+    """mu(k) = exp(s0 * ln mu0 / N(k)): the target's decay that goes with N(k) (Song et al. 2023, appendix C)."""
+    return mu0 ** (s0 / num_levels)
+
+
+# Which pair of neighbouring levels a sample draws --------------------------------------------------------------------
+
+
+def lognormal_probabilities(sigmas: Tensor, p_mean: float, p_std: float) -> Tensor:
+    """p(i) of the pair `(sigma_i, sigma_{i+1})` under a lognormal (Song & Dhariwal 2023, equation 9)."""
+    cumulative = torch.special.erf((sigmas.double().log() - p_mean) / (math.sqrt(2) * p_std))
+    probabilities = cumulative.diff()
+    return probabilities / probabilities.sum()
+
+
+def draw_pairs(
+    sigmas: Tensor, batch_size: int, generator: torch.Generator | None = None, probabilities: Tensor | None = None
+) -> LevelPair:
+    """Draw neighbouring levels of an ascending grid.
+
+    Args:
+        sigmas (`Tensor` of shape `(num_levels,)`): the grid.
+        batch_size (`int`): how many pairs.
+        generator (`torch.Generator`, *optional*): a CPU generator.
+        probabilities (`Tensor` of shape `(num_levels - 1,)`, *optional*): of each pair; uniform when `None`.
+    """
+    if probabilities is None:
+        index = torch.randint(len(sigmas) - 1, (batch_size,), generator=generator)
+    else:
+        index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+    return LevelPair(sigmas[index + 1], sigmas[index])

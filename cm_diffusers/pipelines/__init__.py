@@ -1,0 +1,3 @@
+from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+
+__all__ = ["ConsistencyPipeline"]

@@ -1,0 +1,470 @@
+"""Every diffusers model as a denoiser in sigma space.
+
+All states are variance exploding, `x = x0 + sigma * n` with `n ~ N(0, I)`, whatever the network was trained with. A
+pretrained network F becomes a denoiser through four scalar functions of sigma (Karras et al. 2022, equation 7):
+
+    D(x; sigma) = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x, c_noise(sigma))        ~ E[x0 | x]
+
+and a consistency function through a boundary form on top of it, for which `f(x, sigma_min) = x` exactly (Song et al.
+2023, equation 5). Schedulers, solvers, losses and export all take these numbers from here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BOUNDARIES = ("edm", "euler", "lcm")
+
+# The smallest alpha_bar that is kept: zero-terminal-SNR schedules reach 0, where sigma is infinite. diffusers' Euler
+# scheduler uses the same number.
+SMALLEST_ALPHA_BAR = 2.0**-24
+
+VP_SCHEDULERS = frozenset(
+    """DDPMScheduler DDPMParallelScheduler DDIMScheduler DDIMParallelScheduler PNDMScheduler LMSDiscreteScheduler
+    EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler
+    KDPM2AncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DPMSolverSDEScheduler
+    DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler""".split()
+)
+EDM_SCHEDULERS = frozenset({"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"})
+FLOW_SCHEDULERS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
+SUPPORTED_SCHEDULERS = (
+    VP_SCHEDULERS
+    | EDM_SCHEDULERS
+    | FLOW_SCHEDULERS
+    | {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler"}
+)
+
+
+class Scalings(NamedTuple):
+    """What turns a network into a denoiser, at one or many noise levels.
+
+    `input_scale` is `1 / c_in`: every family divides the state by a simple expression, and dividing is what stock
+    schedulers do, bit for bit.
+    """
+
+    c_skip: Tensor
+    c_out: Tensor
+    input_scale: Tensor
+    c_noise: Tensor
+
+
+class HasScalings(Protocol):
+    """Anything that gives the scalings at a noise level: a family (for D) or a boundary form (for f)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings: ...
+
+
+def _double(value: Tensor) -> Tensor:
+    """`value` in float64, or float32 on devices that have no float64."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+class Preconditioning:
+    """One family of pretrained networks: its four functions of sigma, and the range in which they hold.
+
+    Attributes:
+        sigma_range (`tuple[float, float]`): the noise levels the network was trained on.
+        image_range (`tuple[float, float]`): the values between which its training images lie.
+        sigma_data (`float`): the standard deviation of the data, for the `edm` and `lcm` boundary forms.
+    """
+
+    sigma_range: tuple[float, float]
+    image_range: tuple[float, float] = (-1.0, 1.0)
+    sigma_data: float = 0.5
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        """`1 / c_in`, which the state is divided by before the network sees it."""
+        raise NotImplementedError
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """`(c_skip, c_out)`."""
+        raise NotImplementedError
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """The timestep that the network is given at `sigma`, in float64."""
+        raise NotImplementedError
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        """The inverse of `c_noise`, in float64."""
+        raise NotImplementedError
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        c_skip, c_out = self.output_scalings(sigma)
+        return Scalings(c_skip, c_out, self.input_scale(sigma), self.c_noise(sigma).to(torch.float32))
+
+
+@dataclass(frozen=True)
+class VPPreconditioning(Preconditioning):
+    """Variance-preserving networks with discrete betas (DDPM, Stable Diffusion, ...).
+
+    Args:
+        alphas_cumprod (`Tensor` of shape `(num_train_timesteps,)`): alpha_bar of every training timestep.
+        prediction_type (`str`): `"epsilon"`, `"v_prediction"` or `"sample"`.
+        sigma_data (`float`): see [`Preconditioning`].
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+
+    @functools.cached_property
+    def log_sigmas(self) -> Tensor:
+        """ln sigma(t) for t = 0 ... num_train_timesteps - 1, with sigma(t) = sqrt((1 - alpha_bar) / alpha_bar)."""
+        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64).clamp(min=SMALLEST_ALPHA_BAR)
+        return ((1 - alpha_bar) / alpha_bar).log() / 2
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:  # type: ignore[override]
+        return float(self.log_sigmas[0].exp()), float(self.log_sigmas[-1].exp())
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + 1) ** 0.5
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prediction_type == "epsilon":
+            return torch.ones_like(sigma), -sigma
+        if self.prediction_type == "v_prediction":
+            return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
+        return torch.zeros_like(sigma), torch.ones_like(sigma)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """t(sigma), the fractional timestep, by linear interpolation in ln sigma."""
+        log_sigma, table = _double(sigma).log(), self.log_sigmas.to(_double(sigma))
+        upper = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
+        weight = (log_sigma - table[upper - 1]) / (table[upper] - table[upper - 1])
+        return upper - 1 + weight.clamp(0, 1)
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        timestep = _double(timestep).clamp(0, len(self.alphas_cumprod) - 1)
+        table = self.log_sigmas.to(timestep)
+        lower = timestep.long().clamp(max=len(table) - 2)
+        return torch.lerp(table[lower], table[lower + 1], timestep - lower).exp()
+
+
+@dataclass(frozen=True)
+class EDMPreconditioning(Preconditioning):
+    """EDM networks (Karras et al. 2022, table 1). `sign` is -1 for networks that predict the negative of F."""
+
+    sigma_range: tuple[float, float] = (0.002, 80.0)
+    sigma_data: float = 0.5
+    sign: float = 1.0
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        return c_skip, self.sign * sigma * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return _double(sigma).log() / 4
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        return (4 * _double(timestep)).exp()
+
+
+@dataclass(frozen=True)
+class CMPreconditioning(Preconditioning):
+    """Consistency models as OpenAI published them and diffusers runs them: the network is f itself (paper, appendix C)."""
+
+    sigma_range: tuple[float, float] = (0.002, 80.0)
+    sigma_data: float = 0.5
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return edm_boundary_scalings(sigma, self.sigma_range[0], self.sigma_data)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return 250 * _double(sigma).log()
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        return (_double(timestep) / 250).exp()
+
+
+@dataclass(frozen=True)
+class FlowPreconditioning(Preconditioning):
+    """Flow matching: the network sees `(1 - s) * x0 + s * n` at `s = sigma / (1 + sigma)` and predicts `n - x0`.
+
+    Its last time s = 1 is sigma = infinity; the range ends, as diffusers' smallest step does, one step before.
+    """
+
+    num_train_timesteps: int = 1000
+    sigma_data: float = 0.5
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:  # type: ignore[override]
+        return 1 / (self.num_train_timesteps - 1), float(self.num_train_timesteps - 1)
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return 1 + sigma
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 / (1 + sigma), -sigma / (1 + sigma)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        sigma = _double(sigma)
+        return self.num_train_timesteps * sigma / (1 + sigma)
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        time = _double(timestep) / self.num_train_timesteps
+        return time / (1 - time).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class VEPreconditioning(Preconditioning):
+    """Variance-exploding score networks (NCSN++, Song et al. 2021): the network predicts the score. Images in [0, 1]."""
+
+    sigma_range: tuple[float, float] = (0.01, 1348.0)
+    image_range: tuple[float, float] = (0.0, 1.0)
+    sigma_data: float = 0.5
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def output_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(sigma), sigma**2
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return _double(sigma)
+
+    def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
+        return _double(timestep)
+
+
+def edm_boundary_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """`(c_skip, c_out)` of the consistency function on EDM's F (Song et al. 2023, appendix C)."""
+    c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+    return c_skip, c_out
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The consistency function of a family of networks: `f = c_skip * x + c_out * F`, with `f(x, sigma_min) = x`.
+
+    All forms are `a(sigma) * x + b(sigma) * D(x; sigma)`:
+
+    - `edm`: the paper's `c_skip, c_out` on EDM's F, which for EDM networks is the network itself;
+    - `euler`: the exact Euler step of the PF-ODE to `sigma_min`, `a = sigma_min / sigma`, `b = 1 - a`;
+    - `lcm`: the scalings of diffusers' `LCMScheduler` in its discrete time (variance-preserving networks only).
+
+    Args:
+        preconditioning ([`Preconditioning`]): the family of the network.
+        form (`str`): `"edm"`, `"euler"` or `"lcm"`.
+        sigma_min (`float`): where f is the identity.
+        timestep_scaling (`float`): sharpness of the `lcm` form.
+    """
+
+    preconditioning: Preconditioning
+    form: str
+    sigma_min: float
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        family = type(self.preconditioning)
+        if self.form not in BOUNDARIES:
+            raise ValueError(f"`boundary` must be one of {', '.join(BOUNDARIES)}, got {self.form!r}.")
+        if self.form == "lcm" and family is not VPPreconditioning:
+            raise ValueError("`boundary='lcm'` is defined on discrete timesteps: it needs a variance-preserving network.")
+        if self.form != "edm" and family is CMPreconditioning:
+            raise ValueError(f"A consistency network is f itself: its `boundary` must be 'edm', got {self.form!r}.")
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        base = self.preconditioning
+        if self.form == "edm" and isinstance(base, CMPreconditioning | EDMPreconditioning):
+            c_skip, c_out = edm_boundary_scalings(sigma, self.sigma_min, base.sigma_data)
+            c_out = getattr(base, "sign", 1.0) * c_out
+        else:
+            a, b = self._mixture(sigma)
+            c_skip, c_out = base.output_scalings(sigma)
+            c_skip, c_out = a + b * c_skip, b * c_out
+        return Scalings(c_skip, c_out, base.input_scale(sigma), base.c_noise(sigma).to(torch.float32))
+
+    def _mixture(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """`(a, b)` with `f = a * x + b * D`."""
+        base, sigma_data = self.preconditioning, self.preconditioning.sigma_data
+        if self.form == "lcm":
+            lowest = torch.as_tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
+            time = ((base.c_noise(sigma) - base.c_noise(lowest)) * self.timestep_scaling).to(sigma.dtype)
+            unit_variance = base.input_scale(lowest) / base.input_scale(sigma)
+            a = sigma_data**2 / (time**2 + sigma_data**2) * unit_variance
+            return a, time / (time**2 + sigma_data**2) ** 0.5
+        b = (sigma - self.sigma_min) / sigma
+        if self.form == "euler":
+            return self.sigma_min / sigma, b
+        c_skip, _ = edm_boundary_scalings(sigma, self.sigma_min, sigma_data)
+        return c_skip - b * sigma_data**2 / (sigma**2 + sigma_data**2), b
+
+
+def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor, **conditioning: Any) -> Tensor:
+    """F: the network's prediction without the variance that some networks (`learned_range`) predict beside it."""
+    output = network(sample, c_noise, return_dict=False, **conditioning)[0]
+    channels = sample.shape[1]
+    if output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"The network maps {channels} channels to {output.shape[1]}; expected {channels} or twice that.")
+    return output[:, :channels]
+
+
+class Denoiser:
+    """D or f: a network together with its scalings.
+
+    Args:
+        network (`Callable`): a diffusers UNet, or anything called like one.
+        preconditioning (`HasScalings`): a [`Preconditioning`] for D, a [`Boundary`] for f.
+    """
+
+    def __init__(self, network: Callable[..., Any], preconditioning: HasScalings) -> None:
+        self.network = network
+        self.preconditioning = preconditioning
+
+    def __call__(self, sample: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
+        """
+        Args:
+            sample (`Tensor` of shape `(batch, channels, height, width)`): `x0 + sigma * n`.
+            sigma (`float` or `Tensor` of shape `(batch,)` or `()`): noise level, on any device.
+            conditioning: passed to the network, for instance `class_labels`.
+
+        Returns:
+            `Tensor` of the shape of `sample`, in float32 (float64 for a float64 sample).
+        """
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=dtype).expand(len(sample))
+        scalings = self.preconditioning.scalings(sigma)
+        c_skip, c_out, input_scale = (s.to(sample.device).view(-1, *[1] * (sample.ndim - 1)) for s in scalings[:3])
+        network_dtype = getattr(self.network, "dtype", dtype)
+        scaled = (sample.to(dtype) / input_scale).to(network_dtype)
+        output = network_output(self.network, scaled, scalings.c_noise.to(sample.device), **conditioning)
+        return c_skip * sample + c_out * output.to(dtype)
+
+
+class GuidedDenoiser:
+    """Classifier-free guidance on a denoiser, both halves in one pass: `D_null + scale * (D_label - D_null)`.
+
+    Args:
+        denoiser ([`Denoiser`]): a class-conditional denoiser.
+        scale (`float`): guidance scale; 1 is no guidance.
+        null_class_label (`int`): the label that stands for "no class".
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, null_class_label: int) -> None:
+        self.denoiser, self.scale, self.null_class_label = denoiser, scale, null_class_label
+
+    def __call__(self, sample: Tensor, sigma: Tensor | float, *, class_labels: Tensor, **conditioning: Any) -> Tensor:
+        sigma = torch.as_tensor(sigma).expand(len(sample))
+        labels = torch.cat([class_labels, torch.full_like(class_labels, self.null_class_label)])
+        denoised = self.denoiser(torch.cat([sample] * 2), torch.cat([sigma] * 2), class_labels=labels, **conditioning)
+        conditional, unconditional = denoised.chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)
+
+
+# What a scheduler config says about its network -------------------------------------------------------------------
+
+
+def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of [`ConsistencyScheduler`]'s config that describe a network, read from any diffusers scheduler's.
+
+    Args:
+        scheduler_config (`Mapping`): the config of a diffusers scheduler, with its `_class_name`.
+
+    Raises:
+        `ValueError`: if the scheduler or its prediction type is not supported.
+    """
+    config = dict(scheduler_config)
+    name = config.get("_class_name")
+    prediction_type = config.get("prediction_type")
+    if name not in SUPPORTED_SCHEDULERS:
+        raise ValueError(f"Scheduler {name!r} is not supported. Supported: {', '.join(sorted(SUPPORTED_SCHEDULERS))}.")
+    if name == "ConsistencyScheduler":
+        return {key: config[key] for key in NETWORK_FIELDS if key in config}
+    if name in FLOW_SCHEDULERS or config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
+        if config.get("invert_sigmas"):
+            raise ValueError("Flow-matching schedulers with `invert_sigmas=True` are not supported.")
+        return {"family": "flow", "num_train_timesteps": config.get("num_train_timesteps", 1000)}
+    if name in VP_SCHEDULERS:
+        return _describe_vp(name, config)
+    if name in EDM_SCHEDULERS:
+        _check_prediction_type(name, prediction_type, ("epsilon", "v_prediction"))
+        return {"family": "edm", "prediction_type": prediction_type, **_pick(config, "sigma_min sigma_max sigma_data")}
+    if name == "CMStochasticIterativeScheduler":
+        return {"family": "consistency", **_pick(config, "num_train_timesteps sigma_min sigma_max sigma_data rho")}
+    return {"family": "ve", "image_range": [0.0, 1.0], **_pick(config, "sigma_min sigma_max")}
+
+
+NETWORK_FIELDS = (
+    "family prediction_type num_train_timesteps sigma_min sigma_max sigma_data rho beta_start beta_end beta_schedule "
+    "trained_betas rescale_betas_zero_snr image_range"
+).split()
+BETA_FIELDS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
+
+
+def _pick(config: Mapping[str, Any], names: str) -> dict[str, Any]:
+    return {name: config[name] for name in names.split() if name in config}
+
+
+def _check_prediction_type(scheduler: str, found: Any, supported: tuple[str, ...]) -> None:
+    if found not in supported:
+        raise ValueError(
+            f"{scheduler} has `prediction_type={found!r}`, which is not supported. Supported: {', '.join(supported)}."
+        )
+
+
+def _describe_vp(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    import diffusers
+
+    prediction_type = config.get("prediction_type", "epsilon")
+    _check_prediction_type(name, prediction_type, ("epsilon", "v_prediction", "sample"))
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"{name} with `timestep_type={config['timestep_type']!r}` is not supported, only 'discrete'.")
+    fields = {"family": "vp", "prediction_type": prediction_type, **_pick(config, BETA_FIELDS)}
+    # Some classes know beta schedules that DDPMScheduler lacks: ask the class itself, and keep its betas.
+    try:
+        _stock_scheduler(fields)
+    except NotImplementedError:
+        betas = getattr(diffusers, name).from_config(config).betas
+        fields.update(trained_betas=betas.tolist(), rescale_betas_zero_snr=False)
+    return fields
+
+
+def _stock_scheduler(fields: Mapping[str, Any]) -> Any:
+    """diffusers' own reading of the beta fields."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**_pick(fields, BETA_FIELDS))
+
+
+def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
+    """The [`Preconditioning`] that the fields of a [`ConsistencyScheduler`]'s config (or [`describe_network`]) name."""
+    family = fields["family"]
+    sigma_data = fields.get("sigma_data") or 0.5
+    if family == "vp":
+        prediction_type = fields.get("prediction_type") or "epsilon"
+        _check_prediction_type("A network of family 'vp'", prediction_type, ("epsilon", "v_prediction", "sample"))
+        return VPPreconditioning(_stock_scheduler(fields).alphas_cumprod, prediction_type, sigma_data)
+    if family == "flow":
+        return FlowPreconditioning(fields.get("num_train_timesteps") or 1000, sigma_data)
+    sigma_range = (fields["sigma_min"], fields["sigma_max"])
+    if family == "edm":
+        return EDMPreconditioning(sigma_range, sigma_data, -1.0 if fields.get("prediction_type") == "v_prediction" else 1.0)
+    if family == "consistency":
+        return CMPreconditioning(sigma_range, sigma_data)
+    if family == "ve":
+        return VEPreconditioning(sigma_range, tuple(fields.get("image_range") or (0.0, 1.0)), sigma_data)
+    raise ValueError(f"`family` must be one of vp, edm, consistency, flow, ve, got {family!r}.")
+
+
+def read_preconditioning(scheduler: Any) -> Preconditioning:
+    """The [`Preconditioning`] of the network that a diffusers scheduler (or its config) was made for."""
+    config = getattr(scheduler, "config", scheduler)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"`scheduler` must be a diffusers scheduler or its config, got {type(scheduler).__name__}.")
+    if "_class_name" not in config and hasattr(scheduler, "config"):
+        config = {**config, "_class_name": type(scheduler).__name__}
+    return preconditioning_from_config(describe_network(config))

@@ -1,0 +1,365 @@
+"""The scheduler of consistency models, for students of any family of diffusion networks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from cm_diffusers.noise_levels import karras_sigmas
+from cm_diffusers.preconditioning import Boundary, Preconditioning, describe_network, preconditioning_from_config
+
+STOCK_CLASS = "CMStochasticIterativeScheduler"
+STOCK_FIELDS = {"num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho", "clip_denoised"}
+GRID_FAMILIES = ("consistency", "edm")  # their `timesteps=` are indices into the training grid, as in diffusers
+
+
+@dataclass
+class ConsistencySchedulerOutput(BaseOutput):
+    """Output of [`ConsistencyScheduler.step`].
+
+    Args:
+        prev_sample (`Tensor` of shape `(batch, channels, height, width)`): the state at the next noise level, or the
+            finished sample after the last step.
+        denoised (`Tensor` of the same shape): the consistency function's estimate of the clean sample, clipped if the
+            scheduler clips.
+    """
+
+    prev_sample: Tensor
+    denoised: Tensor
+
+
+class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1) for a student of any supported family.
+
+    The config describes the network completely (family, prediction type, betas, boundary form, range of sigma, few-step
+    schedule). Its defaults are those of diffusers' `CMStochasticIterativeScheduler`, whose published checkpoints run
+    unchanged. States are variance exploding: `x = x0 + sigma * n`.
+
+    Args:
+        num_train_timesteps (`int`): length of the beta schedule (`vp`), of the Karras grid (`consistency`, `edm`), or
+            the scale of time (`flow`).
+        sigma_min (`float`): where the consistency function is the identity.
+        sigma_max (`float`): where sampling starts.
+        sigma_data (`float`): standard deviation of the data.
+        s_noise (`float`): factor on the noise that is added between steps.
+        rho (`float`): curvature of the Karras schedule.
+        clip_denoised (`bool`): clip the clean estimate to `image_range`; off for latents.
+        family (`str`): `"consistency"`, `"edm"`, `"vp"`, `"flow"` or `"ve"`.
+        prediction_type (`str`, *optional*): what a `vp` or `edm` network predicts, in diffusers' terms.
+        boundary (`str`): `"edm"`, `"euler"` or `"lcm"`, see [`~cm_diffusers.preconditioning.Boundary`].
+        timestep_scaling (`float`): sharpness of the `lcm` boundary.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the betas of a `vp` network, with
+            the meaning they have in `DDPMScheduler`.
+        image_range (`list[float]`): the values between which images lie.
+        few_step_sigmas (`dict[str, list[float]]`, *optional*): for a number of steps, the noise levels to take,
+            descending. Other numbers of steps are spread over the Karras schedule.
+    """
+
+    order = 1
+    _compatibles = [STOCK_CLASS]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 40,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        s_noise: float = 1.0,
+        rho: float = 7.0,
+        clip_denoised: bool = True,
+        family: str = "consistency",
+        prediction_type: str | None = None,
+        boundary: str = "edm",
+        timestep_scaling: float = 10.0,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        image_range: Sequence[float] = (-1.0, 1.0),
+        few_step_sigmas: dict[str, list[float]] | None = None,
+    ) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
+        for steps, levels in (few_step_sigmas or {}).items():
+            if int(steps) != len(levels):
+                raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
+            self._check_sigmas(levels, f"few_step_sigmas[{steps!r}]")
+        self.boundary  # noqa: B018  refuses impossible combinations at once
+        self.init_noise_sigma = sigma_max
+        self.num_inference_steps: int | None = None
+        self._set_schedule(karras_sigmas(np.linspace(0, 1, min(num_train_timesteps, 1000)), sigma_min, sigma_max, rho))
+
+    # What the network is ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def preconditioning(self) -> Preconditioning:
+        """The family of the network, as four functions of sigma."""
+        return preconditioning_from_config(self.config)
+
+    @functools.cached_property
+    def boundary(self) -> Boundary:
+        """The consistency function's scalings."""
+        config = self.config
+        return Boundary(self.preconditioning, config.boundary, config.sigma_min, config.timestep_scaling)
+
+    @classmethod
+    def from_teacher(cls, scheduler: SchedulerMixin, **overrides: Any) -> ConsistencyScheduler:
+        """The student's scheduler, made from the scheduler of a pretrained diffusion model.
+
+        Args:
+            scheduler (`SchedulerMixin`): the teacher's scheduler, of any supported class.
+            overrides: any argument of [`ConsistencyScheduler`]. Without them the range of sigma is
+                [max(0.002, teacher's lowest), min(80, teacher's highest)] and the boundary is `edm` for EDM and
+                consistency teachers, `euler` for all others.
+
+        Raises:
+            `ValueError`: if the scheduler is not supported, or a range of sigma outside the teacher's is asked for.
+        """
+        config = dict(scheduler.config)
+        config.setdefault("_class_name", type(scheduler).__name__)
+        fields = describe_network(config)
+        low, high = preconditioning_from_config(fields).sigma_range
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        own_grid = fields["family"] in GRID_FAMILIES
+        if overrides.get("boundary") == "lcm":
+            overrides.setdefault("sigma_min", low)
+        defaults = {
+            "boundary": "edm" if own_grid else "euler",
+            "sigma_min": max(0.002, low),
+            "sigma_max": min(80.0, high),
+        }
+        fields = {**fields, **defaults, **overrides}
+        # The ends of a discrete schedule are irrational: accept what rounds to them.
+        slack = 1 + 1e-6
+        if fields["sigma_min"] * slack < low or fields["sigma_max"] > high * slack:
+            raise ValueError(
+                f"The range of sigma [{fields['sigma_min']:g}, {fields['sigma_max']:g}] leaves the teacher's, "
+                f"[{low:g}, {high:g}]: it has never seen such noise. Choose `sigma_min` and `sigma_max` inside."
+            )
+        return cls(**fields)
+
+    # The schedule -----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the noise levels to sample at. Exactly one of the three must be given.
+
+        Args:
+            num_inference_steps (`int`, *optional*): the levels stored for this number of steps in the config, otherwise
+                levels spread evenly over the Karras schedule.
+            device (`str` or `torch.device`, *optional*): where `timesteps` is put.
+            timesteps (`Sequence[float]`, *optional*): descending. For `consistency` and `edm` networks, indices into
+                the training grid as in `CMStochasticIterativeScheduler`, for instance `[22, 0]`; for the others, the
+                timesteps that the network is given.
+            sigmas (`Sequence[float]`, *optional*): noise levels, descending, inside [`sigma_min`, `sigma_max`].
+
+        Raises:
+            `ValueError`: if not exactly one is given, or its values are out of order or out of range.
+        """
+        given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
+        if len(given) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        if sigmas is not None:
+            levels = np.array(self._check_sigmas(sigmas, "sigmas"), dtype=np.float64)
+        elif timesteps is not None:
+            levels = self._sigmas_at(timesteps)
+        else:
+            levels = self._spread(num_inference_steps)
+        self.num_inference_steps = len(levels)
+        self._set_schedule(levels, device)
+
+    def _spread(self, steps: Any) -> np.ndarray:
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
+        stored = (self.config.few_step_sigmas or {}).get(str(steps))
+        if stored is not None:
+            return np.array(stored, dtype=np.float64)
+        length = self.config.num_train_timesteps
+        if steps > length:
+            raise ValueError(f"`num_inference_steps={steps}` is larger than `num_train_timesteps={length}`.")
+        return self._karras(np.arange(steps) * (length // steps))
+
+    def _karras(self, indices: np.ndarray) -> np.ndarray:
+        config = self.config
+        ramp = indices / max(config.num_train_timesteps - 1, 1)
+        return karras_sigmas(ramp, config.sigma_min, config.sigma_max, config.rho)
+
+    def _sigmas_at(self, timesteps: Sequence[float]) -> np.ndarray:
+        values = np.asarray(torch.as_tensor(timesteps).cpu(), dtype=np.float64)
+        if values.ndim != 1 or not len(values) or (np.diff(values) >= 0).any():
+            raise ValueError(f"`timesteps` must be a list in descending order, got {timesteps}.")
+        if self.config.family not in GRID_FAMILIES:
+            sigmas = self.preconditioning.sigma_from_c_noise(torch.from_numpy(values)).tolist()
+            return np.array(self._check_sigmas(sigmas, f"the noise levels of timesteps={list(timesteps)}"))
+        if values[0] >= self.config.num_train_timesteps or values[-1] < 0:
+            raise ValueError(f"`timesteps` must lie in [0, {self.config.num_train_timesteps}), got {timesteps}.")
+        return self._karras(values[::-1])
+
+    def _check_sigmas(self, sigmas: Sequence[float], name: str) -> list[float]:
+        low, high, slack = self.config.sigma_min, self.config.sigma_max, 1 + 1e-6
+        levels = [float(sigma) for sigma in sigmas]
+        if not levels or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+            raise ValueError(f"`{name}` must be in descending order, got {levels}.")
+        if levels[0] > high * slack or levels[-1] * slack < low:
+            raise ValueError(f"`{name}` must lie in [sigma_min={low:g}, sigma_max={high:g}], got {levels}.")
+        return levels
+
+    def _set_schedule(self, levels: np.ndarray, device: str | torch.device | None = None) -> None:
+        """`levels` in float64, descending. `sigmas` stays on the CPU: reading a level must not wait for a device."""
+        timesteps = self.preconditioning.c_noise(torch.from_numpy(levels.copy()))
+        self.timesteps = timesteps.to(torch.float32).to(device)
+        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min).astype(np.float32))
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current step, `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, when set by a pipeline."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start sampling in the middle of the schedule."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The step whose timestep is nearest: half precision and integers must find theirs, too."""
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        return int((schedule.float() - torch.as_tensor(timestep, device=schedule.device).float()).abs().argmin())
+
+    def _locate(self, timestep: float | Tensor) -> int:
+        if self._step_index is None or self._step_index >= len(self.timesteps):
+            start = self._begin_index if self._step_index is None else None
+            self._step_index = self.index_for_timestep(timestep) if start is None else start
+        return self._step_index
+
+    # Sampling ---------------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network is given: `c_in(sigma) * sample`.
+
+        Args:
+            sample (`Tensor` of shape `(batch, channels, height, width)`): the state.
+            timestep (`float` or `Tensor`): one of `timesteps`.
+        """
+        sigma = self.sigmas[self._locate(timestep)]
+        return (sample / self.preconditioning.input_scale(sigma)).to(sample.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> ConsistencySchedulerOutput | tuple[Tensor, ...]:
+        """Jump to the clean sample, then add noise up to the next level; none after the last.
+
+        Args:
+            model_output (`Tensor` of shape `(batch, channels, height, width)`): the network's output (a predicted
+                variance behind it is dropped).
+            timestep (`float` or `Tensor`): one of `timesteps`.
+            sample (`Tensor`): the state that the output was computed from, before `scale_model_input`.
+            generator (`torch.Generator` or a list of one per sample, *optional*): source of the noise.
+            return_dict (`bool`): return a [`ConsistencySchedulerOutput`] rather than a tuple.
+        """
+        index = self._locate(timestep)
+        # Half precision is too coarse for c_skip * x at sigma = 80.
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        c_skip, c_out, *_ = self.boundary.scalings(self.sigmas[index])
+        output = model_output[:, : sample.shape[1]].to(dtype)
+        denoised = c_out * output + c_skip * sample.to(dtype)
+        if self.config.clip_denoised:
+            denoised = denoised.clamp(*self.config.image_range)
+
+        prev_sample = denoised
+        if self._adds_noise_after(index):
+            noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
+            prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(self.sigmas[index + 1])
+        self._step_index = index + 1
+
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, denoised
+        return ConsistencySchedulerOutput(prev_sample=prev_sample, denoised=denoised)
+
+    def _adds_noise_after(self, index: int) -> bool:
+        """Noise leads to the next level; there is none after the last.
+
+        diffusers' own class adds the rounding residue of `added_noise_std(sigma_min)`, some 1e-7, after the last of
+        several steps. Where it is stock networks that run, their published images come first, to the bit.
+        """
+        return index + 1 < len(self.timesteps) or (self.is_stock and len(self.timesteps) > 1)
+
+    def added_noise_std(self, sigma: Tensor) -> Tensor:
+        """`sqrt(sigma^2 - sigma_min^2)`: f answers at `sigma_min`, so that much noise leads back to `sigma`.
+
+        Rounding may leave the difference slightly negative at `sigma_min` itself.
+        """
+        return (sigma**2 - self.config.sigma_min**2).clamp(min=0) ** 0.5
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`x0 + sigma(timestep) * noise`.
+
+        Args:
+            original_samples (`Tensor` of shape `(batch, channels, height, width)`): clean samples.
+            noise (`Tensor` of the same shape): unit-variance noise.
+            timesteps (`Tensor` of shape `(batch,)`): in the network's own time, on the schedule or not.
+        """
+        sigma = self.preconditioning.sigma_from_c_noise(torch.as_tensor(timesteps))
+        sigma = sigma.to(original_samples.device, original_samples.dtype)
+        return original_samples + sigma.view(-1, *[1] * (original_samples.ndim - 1)) * noise
+
+    # Saving: stock on disk where diffusers' own class computes the same ----------------------------------------------
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether diffusers' `CMStochasticIterativeScheduler` represents this scheduler exactly."""
+        config = self.config
+        return config.family == "consistency" and tuple(config.image_range) == (-1.0, 1.0)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write the config; under the stock class's name when diffusers' own class computes the same."""
+        config = json.loads(self.to_json_string())
+        if self.is_stock:
+            # What diffusers' class has no argument for, it warns of: leave out what says nothing.
+            own = {name: value.default for name, value in inspect.signature(type(self)).parameters.items()}
+            for name in own.keys() - STOCK_FIELDS:
+                if config[name] == (list(own[name]) if isinstance(own[name], tuple) else own[name]):
+                    del config[name]
+            config["_class_name"] = STOCK_CLASS
+        Path(json_file_path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        import diffusers
+
+        return [cls, getattr(diffusers, STOCK_CLASS)]
