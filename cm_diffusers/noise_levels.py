@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 class LevelPair(NamedTuple):
-    """Two neighbouring noise levels per sample, `sigma > sigma_lower`, each of shape `(batch,)`, float32 on the CPU."""
+    """Two neighbouring noise levels per sample, `sigma > sigma_lower`: shape `(batch,)`, float32, on the CPU."""
 
     sigma: Tensor
     sigma_lower: Tensor
@@ -29,7 +32,8 @@ def karras_sigmas(ramp: np.ndarray, sigma_min: float, sigma_max: float, rho: flo
         `np.ndarray`: in float64, with the ends up to rounding.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    sigmas: np.ndarray = (high + ramp * (low - high)) ** rho
+    return sigmas
 
 
 def karras_grid(num_levels: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -50,11 +54,11 @@ def karras_grid(num_levels: int, sigma_min: float, sigma_max: float, rho: float 
     return torch.from_numpy(sigmas).float()
 
 
-# Curricula: pure functions of the step, so that every rank computes the same -----------------------------------------
+# Curricula: pure functions of the step, so that every rank computes the same ----------------------------------------
 
 
 def progressive_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
-    """N(k) of Song et al. 2023, appendix C: from `s0 + 1` (`s0` for an exact root) to `s1 + 1` levels, like a square root."""
+    """N(k) of Song et al. 2023, appendix C: from `s0` to `s1 + 1` levels, growing like a square root."""
     progress = min(step / total_steps, 1.0)
     return math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
 
@@ -63,21 +67,21 @@ def doubling_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
     """N(k) of Song & Dhariwal 2023, equation 7: `s0 + 1` levels, doubling at equal intervals until `s1 + 1`."""
     interval = max(total_steps // (math.floor(math.log2(s1 // s0)) + 1), 1)
     doublings = min(step // interval, math.ceil(math.log2(s1 / s0)))
-    return min(s0 * 2**doublings, s1) + 1
+    return min(s0 << doublings, s1) + 1
 
 
 def progressive_mu(num_levels: int, s0: int, mu0: float) -> float:
     """mu(k) = exp(s0 * ln mu0 / N(k)): the target's decay that goes with N(k) (Song et al. 2023, appendix C)."""
-    return mu0 ** (s0 / num_levels)
+    return math.pow(mu0, s0 / num_levels)
 
 
-# Which pair of neighbouring levels a sample draws --------------------------------------------------------------------
+# Which pair of neighbouring levels a sample draws -------------------------------------------------------------------
 
 
 def lognormal_probabilities(sigmas: Tensor, p_mean: float, p_std: float) -> Tensor:
     """p(i) of the pair `(sigma_i, sigma_{i+1})` under a lognormal (Song & Dhariwal 2023, equation 9)."""
     cumulative = torch.special.erf((sigmas.double().log() - p_mean) / (math.sqrt(2) * p_std))
-    probabilities = cumulative.diff()
+    probabilities: Tensor = cumulative.diff()
     return probabilities / probabilities.sum()
 
 
@@ -97,3 +101,31 @@ def draw_pairs(
     else:
         index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
     return LevelPair(sigmas[index + 1], sigmas[index])
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels of a run: a grid whose size is a function of the step, and how pairs are drawn from it.
+
+    Args:
+        num_levels (`Callable[[int], int]`): N(k).
+        sigma_min, sigma_max, rho (`float`): the Karras grid.
+        lognormal (`tuple[float, float]`, *optional*): mean and standard deviation of ln sigma when pairs are drawn
+            by a discretised lognormal; uniformly when `None`.
+    """
+
+    num_levels: Callable[[int], int]
+    sigma_min: float
+    sigma_max: float
+    rho: float = 7.0
+    lognormal: tuple[float, float] | None = None
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator | None = None) -> LevelPair:
+        """The pairs of one batch at training step `step`."""
+        grid, probabilities = self._grid(self.num_levels(step))
+        return draw_pairs(grid, batch_size, generator, probabilities)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  one run, one grid at a time
+    def _grid(self, num_levels: int) -> tuple[Tensor, Tensor | None]:
+        grid = karras_grid(num_levels, self.sigma_min, self.sigma_max, self.rho)
+        return grid, None if self.lognormal is None else lognormal_probabilities(grid, *self.lognormal)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 BOUNDARIES = ("edm", "euler", "lcm")
 
-# The smallest alpha_bar that is kept: zero-terminal-SNR schedules reach 0, where sigma is infinite. diffusers' Euler
+# The smallest alpha_bar of zero-terminal-SNR schedules: they reach 0, where sigma is infinite. diffusers' Euler
 # scheduler uses the same number.
 SMALLEST_ALPHA_BAR = 2.0**-24
 
@@ -116,7 +116,9 @@ class VPPreconditioning(Preconditioning):
     @functools.cached_property
     def log_sigmas(self) -> Tensor:
         """ln sigma(t) for t = 0 ... num_train_timesteps - 1, with sigma(t) = sqrt((1 - alpha_bar) / alpha_bar)."""
-        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64).clamp(min=SMALLEST_ALPHA_BAR)
+        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64)
+        if alpha_bar[-1] <= 0:
+            alpha_bar = alpha_bar.clamp(min=SMALLEST_ALPHA_BAR)
         return ((1 - alpha_bar) / alpha_bar).log() / 2
 
     @property
@@ -171,7 +173,7 @@ class EDMPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class CMPreconditioning(Preconditioning):
-    """Consistency models as OpenAI published them and diffusers runs them: the network is f itself (paper, appendix C)."""
+    """Published consistency models, as diffusers runs them: D is f itself (Song et al. 2023, appendix C)."""
 
     sigma_range: tuple[float, float] = (0.002, 80.0)
     sigma_data: float = 0.5
@@ -220,7 +222,7 @@ class FlowPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class VEPreconditioning(Preconditioning):
-    """Variance-exploding score networks (NCSN++, Song et al. 2021): the network predicts the score. Images in [0, 1]."""
+    """Variance-exploding score networks (NCSN++, Song et al. 2021), on images in [0, 1]."""
 
     sigma_range: tuple[float, float] = (0.01, 1348.0)
     image_range: tuple[float, float] = (0.0, 1.0)
@@ -241,7 +243,8 @@ class VEPreconditioning(Preconditioning):
 
 def edm_boundary_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
     """`(c_skip, c_out)` of the consistency function on EDM's F (Song et al. 2023, appendix C)."""
-    c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    # Not `sigma_data**2 / (... + sigma_data**2)`, which may miss 1 at sigma_min by a rounding error.
+    c_skip = 1 / (1 + ((sigma - sigma_min) / sigma_data) ** 2)
     c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
     return c_skip, c_out
 
@@ -273,7 +276,9 @@ class Boundary:
         if self.form not in BOUNDARIES:
             raise ValueError(f"`boundary` must be one of {', '.join(BOUNDARIES)}, got {self.form!r}.")
         if self.form == "lcm" and family is not VPPreconditioning:
-            raise ValueError("`boundary='lcm'` is defined on discrete timesteps: it needs a variance-preserving network.")
+            raise ValueError(
+                "`boundary='lcm'` is defined on discrete timesteps: it needs a variance-preserving network."
+            )
         if self.form != "edm" and family is CMPreconditioning:
             raise ValueError(f"A consistency network is f itself: its `boundary` must be 'edm', got {self.form!r}.")
 
@@ -291,15 +296,16 @@ class Boundary:
     def _mixture(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """`(a, b)` with `f = a * x + b * D`."""
         base, sigma_data = self.preconditioning, self.preconditioning.sigma_data
+        # A tensor: torch divides a number by a tensor through its reciprocal, and x * (1 / x) may not be 1.
+        lowest = torch.as_tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
         if self.form == "lcm":
-            lowest = torch.as_tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
             time = ((base.c_noise(sigma) - base.c_noise(lowest)) * self.timestep_scaling).to(sigma.dtype)
             unit_variance = base.input_scale(lowest) / base.input_scale(sigma)
-            a = sigma_data**2 / (time**2 + sigma_data**2) * unit_variance
+            a = unit_variance / (1 + (time / sigma_data) ** 2)
             return a, time / (time**2 + sigma_data**2) ** 0.5
         b = (sigma - self.sigma_min) / sigma
         if self.form == "euler":
-            return self.sigma_min / sigma, b
+            return lowest / sigma, b
         c_skip, _ = edm_boundary_scalings(sigma, self.sigma_min, sigma_data)
         return c_skip - b * sigma_data**2 / (sigma**2 + sigma_data**2), b
 
@@ -309,8 +315,11 @@ def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor,
     output = network(sample, c_noise, return_dict=False, **conditioning)[0]
     channels = sample.shape[1]
     if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"The network maps {channels} channels to {output.shape[1]}; expected {channels} or twice that.")
-    return output[:, :channels]
+        raise ValueError(
+            f"The network maps {channels} channels to {output.shape[1]}; expected {channels} or twice that."
+        )
+    prediction: Tensor = output[:, :channels]
+    return prediction
 
 
 class Denoiser:
@@ -392,7 +401,11 @@ def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
         return _describe_vp(name, config)
     if name in EDM_SCHEDULERS:
         _check_prediction_type(name, prediction_type, ("epsilon", "v_prediction"))
-        return {"family": "edm", "prediction_type": prediction_type, **_pick(config, "sigma_min sigma_max sigma_data")}
+        return {
+            "family": "edm",
+            "prediction_type": prediction_type,
+            **_pick(config, "sigma_min sigma_max sigma_data rho"),
+        }
     if name == "CMStochasticIterativeScheduler":
         return {"family": "consistency", **_pick(config, "num_train_timesteps sigma_min sigma_max sigma_data rho")}
     return {"family": "ve", "image_range": [0.0, 1.0], **_pick(config, "sigma_min sigma_max")}
@@ -441,7 +454,7 @@ def _stock_scheduler(fields: Mapping[str, Any]) -> Any:
 
 
 def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
-    """The [`Preconditioning`] that the fields of a [`ConsistencyScheduler`]'s config (or [`describe_network`]) name."""
+    """The [`Preconditioning`] that a [`ConsistencyScheduler`]'s config, or [`describe_network`], names."""
     family = fields["family"]
     sigma_data = fields.get("sigma_data") or 0.5
     if family == "vp":
@@ -452,7 +465,9 @@ def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
         return FlowPreconditioning(fields.get("num_train_timesteps") or 1000, sigma_data)
     sigma_range = (fields["sigma_min"], fields["sigma_max"])
     if family == "edm":
-        return EDMPreconditioning(sigma_range, sigma_data, -1.0 if fields.get("prediction_type") == "v_prediction" else 1.0)
+        return EDMPreconditioning(
+            sigma_range, sigma_data, -1.0 if fields.get("prediction_type") == "v_prediction" else 1.0
+        )
     if family == "consistency":
         return CMPreconditioning(sigma_range, sigma_data)
     if family == "ve":

@@ -45,8 +45,8 @@ class ConsistencyPipeline(DiffusionPipeline):
     r"""
     Unconditional or class-conditional image generation with a consistency model.
 
-    Loads students made by [`~cm_diffusers.ConsistencyTrainer`] and published consistency models alike. Where diffusers'
-    own `ConsistencyModelPipeline` computes the same, the saved pipeline carries that name and loads there, too.
+    Loads students made by [`~cm_diffusers.ConsistencyTrainer`] and published consistency models alike. Where stock
+    `ConsistencyModelPipeline` computes the same, the saved pipeline carries that name and loads there, too.
 
     Args:
         unet ([`UNet2DModel`]):
@@ -60,9 +60,7 @@ class ConsistencyPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(
-        self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class_label: int | None = None
-    ) -> None:
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class_label: int | None = None) -> None:
         super().__init__()
         if not isinstance(scheduler, ConsistencyScheduler):
             if type(scheduler).__name__ != STOCK_CLASS:
@@ -76,7 +74,7 @@ class ConsistencyPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
         self._interrupt = False
 
-    # Sampling ---------------------------------------------------------------------------------------------------------
+    # Sampling -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -268,7 +266,7 @@ class ConsistencyPipeline(DiffusionPipeline):
             raise ValueError(f"The callback can get {self._callback_tensor_inputs}, not {sorted(unknown)}.")
         if guidance_scale != 1 and self.config.null_class_label is None:
             raise ValueError(
-                f"`guidance_scale={guidance_scale}` needs a student that was trained with a null class; this one has no "
+                f"`guidance_scale={guidance_scale}` needs a student trained with a null class; this one has no "
                 "`null_class_label`."
             )
 
@@ -282,7 +280,7 @@ class ConsistencyPipeline(DiffusionPipeline):
         """Set `_interrupt` in a callback to stop sampling early."""
         return self._interrupt
 
-    # Saving and loading -----------------------------------------------------------------------------------------------
+    # Saving and loading ---------------------------------------------------------------------------------------------
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `model_index.json`; under stock names when stock diffusers computes the same."""
@@ -317,4 +315,3 @@ class ConsistencyPipeline(DiffusionPipeline):
         weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         patterns = ["*.json", weights] + ([f"*.safetensors.index.{variant}.json"] if variant else [])
         return snapshot_download(str(pretrained_model_name), allow_patterns=patterns, **passed)
-

@@ -45,9 +45,9 @@ class ConsistencySchedulerOutput(BaseOutput):
 class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     """Multistep consistency sampling (Song et al. 2023, algorithm 1) for a student of any supported family.
 
-    The config describes the network completely (family, prediction type, betas, boundary form, range of sigma, few-step
-    schedule). Its defaults are those of diffusers' `CMStochasticIterativeScheduler`, whose published checkpoints run
-    unchanged. States are variance exploding: `x = x0 + sigma * n`.
+    The config describes the network completely (family, prediction type, betas, boundary form, range of sigma,
+    few-step schedule). Its defaults are those of diffusers' `CMStochasticIterativeScheduler`, whose published
+    checkpoints run unchanged. States are variance exploding: `x = x0 + sigma * n`.
 
     Args:
         num_train_timesteps (`int`): length of the beta schedule (`vp`), of the Karras grid (`consistency`, `edm`), or
@@ -105,7 +105,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._set_schedule(karras_sigmas(np.linspace(0, 1, min(num_train_timesteps, 1000)), sigma_min, sigma_max, rho))
 
-    # What the network is ----------------------------------------------------------------------------------------------
+    # What the network is --------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def preconditioning(self) -> Preconditioning:
@@ -137,6 +137,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         low, high = preconditioning_from_config(fields).sigma_range
         overrides = {key: value for key, value in overrides.items() if value is not None}
         own_grid = fields["family"] in GRID_FAMILIES
+        if overrides.get("family", fields["family"]) != fields["family"]:
+            fields.pop("prediction_type", None)  # says nothing of another family
         if overrides.get("boundary") == "lcm":
             overrides.setdefault("sigma_min", low)
         defaults = {
@@ -154,7 +156,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             )
         return cls(**fields)
 
-    # The schedule -----------------------------------------------------------------------------------------------------
+    # The schedule ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -169,8 +171,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """Choose the noise levels to sample at. Exactly one of the three must be given.
 
         Args:
-            num_inference_steps (`int`, *optional*): the levels stored for this number of steps in the config, otherwise
-                levels spread evenly over the Karras schedule.
+            num_inference_steps (`int`, *optional*): the levels stored for this number of steps in the config,
+                otherwise levels spread evenly over the Karras schedule.
             device (`str` or `torch.device`, *optional*): where `timesteps` is put.
             timesteps (`Sequence[float]`, *optional*): descending. For `consistency` and `edm` networks, indices into
                 the training grid as in `CMStochasticIterativeScheduler`, for instance `[22, 0]`; for the others, the
@@ -195,7 +197,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def _spread(self, steps: Any) -> np.ndarray:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
-        stored = (self.config.few_step_sigmas or {}).get(str(steps))
+        stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(steps)
         if stored is not None:
             return np.array(stored, dtype=np.float64)
         length = self.config.num_train_timesteps
@@ -210,21 +212,21 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     def _sigmas_at(self, timesteps: Sequence[float]) -> np.ndarray:
         values = np.asarray(torch.as_tensor(timesteps).cpu(), dtype=np.float64)
-        if values.ndim != 1 or not len(values) or (np.diff(values) >= 0).any():
+        if values.ndim != 1 or not len(values) or not (np.diff(values) < 0).all():
             raise ValueError(f"`timesteps` must be a list in descending order, got {timesteps}.")
         if self.config.family not in GRID_FAMILIES:
             sigmas = self.preconditioning.sigma_from_c_noise(torch.from_numpy(values)).tolist()
             return np.array(self._check_sigmas(sigmas, f"the noise levels of timesteps={list(timesteps)}"))
-        if values[0] >= self.config.num_train_timesteps or values[-1] < 0:
+        if not (values[-1] >= 0 and values[0] < self.config.num_train_timesteps):
             raise ValueError(f"`timesteps` must lie in [0, {self.config.num_train_timesteps}), got {timesteps}.")
         return self._karras(values[::-1])
 
     def _check_sigmas(self, sigmas: Sequence[float], name: str) -> list[float]:
         low, high, slack = self.config.sigma_min, self.config.sigma_max, 1 + 1e-6
         levels = [float(sigma) for sigma in sigmas]
-        if not levels or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+        if not levels or not all(a > b for a, b in zip(levels, levels[1:], strict=False)):
             raise ValueError(f"`{name}` must be in descending order, got {levels}.")
-        if levels[0] > high * slack or levels[-1] * slack < low:
+        if not (levels[0] <= high * slack and levels[-1] * slack >= low):
             raise ValueError(f"`{name}` must lie in [sigma_min={low:g}, sigma_max={high:g}], got {levels}.")
         return levels
 
@@ -261,7 +263,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self.index_for_timestep(timestep) if start is None else start
         return self._step_index
 
-    # Sampling ---------------------------------------------------------------------------------------------------------
+    # Sampling -------------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network is given: `c_in(sigma) * sample`.
@@ -338,7 +340,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         sigma = sigma.to(original_samples.device, original_samples.dtype)
         return original_samples + sigma.view(-1, *[1] * (original_samples.ndim - 1)) * noise
 
-    # Saving: stock on disk where diffusers' own class computes the same ----------------------------------------------
+    # Saving: stock on disk where diffusers' own class computes the same ---------------------------------------------
 
     @property
     def is_stock(self) -> bool:

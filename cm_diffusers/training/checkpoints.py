@@ -1,0 +1,119 @@
+"""Checkpoints that appear whole or not at all, and are known to be whole when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, torn or was changed after it was written."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def write_files(folder: Path, write: Callable[[Path], None], is_main: bool, wait: Callable[[], None]) -> None:
+    """Write a checkpoint beside its final place, then move it there. Called by every process.
+
+    Args:
+        folder (`Path`): the checkpoint's final folder.
+        write (`Callable`): writes the files into the folder it is given.
+        is_main (`bool`): whether this process does what only one may do.
+        wait (`Callable`): returns when all processes have called it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait()
+    write(partial)
+    wait()
+    if is_main:
+        digests = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / MANIFEST).write_text(json.dumps(digests, indent=2))
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        _flush(folder.parent)
+    wait()
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in _newest_first(root)[keep:]:
+        shutil.rmtree(folder)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint, and return its state.
+
+    Raises:
+        `CheckpointError`: if a file is missing or is not what was written, naming it.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+        for name, digest in digests.items():
+            if _digest(folder / name) != digest:
+                raise CheckpointError(f"Checkpoint {folder} is corrupt: {name} is not what was written.")
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"Checkpoint {folder} is not whole: {error}") from error
+    return state
+
+
+def find(resume: str, root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from, with its state.
+
+    Args:
+        resume (`str`): `"auto"` for the newest whole checkpoint under `root` (`None` if there is none; damaged ones
+            are named in a warning and passed over), or the folder of a checkpoint.
+
+    Raises:
+        `CheckpointError`: if the named checkpoint is missing or damaged, or all of them are.
+    """
+    if resume != "auto":
+        return Path(resume), verify(Path(resume))
+    folders = _newest_first(root)
+    for folder in folders:
+        try:
+            return folder, verify(folder)
+        except CheckpointError as error:
+            logger.warning("%s It is passed over.", error)
+    if folders:
+        raise CheckpointError(f"None of the {len(folders)} checkpoints in {root} is whole. Nothing was deleted.")
+    return None
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

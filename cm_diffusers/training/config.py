@@ -1,0 +1,269 @@
+"""The configuration of a training run: one dataclass, whose methods are named choices of five parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+# A method is a choice of levels, source, target, distance and weighting (Song et al. 2023, algorithms 2 and 3); every
+# choice can be overridden in the config.
+METHODS: dict[str, dict[str, Any]] = {
+    "cd": {
+        "levels": "fixed", "num_levels": 40, "level_distribution": "uniform", "source": "teacher", "solver": "heun",
+        "target": "ema", "mu": 0.95, "mu_schedule": "fixed", "distance": "lpips", "weighting": "uniform",
+    },
+    "ct": {
+        "levels": "progressive", "s0": 2, "s1": 150, "level_distribution": "uniform", "source": "data",
+        "target": "ema", "mu": 0.9, "mu_schedule": "progressive", "distance": "lpips", "weighting": "uniform",
+    },
+}  # fmt: skip
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ConsistencyConfig:
+    """Everything a training run depends on besides the teacher and the data.
+
+    Fields that are `None` take the method's choice or the teacher's own value. Noise levels are in the units of the
+    images, steps are optimiser steps, half-lives are in images.
+
+    Raises:
+        `ValueError`: for values out of range or choices that do not go together.
+    """
+
+    method: Literal["cd", "ct"] = _option("cd", "cd: distil a teacher; ct: train on data alone")
+
+    # The teacher
+    teacher: str | None = _option(None, "folder or Hub id of the teacher's pipeline")
+    teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
+    teacher_prediction_type: str | None = _option(
+        None, "replaces the prediction type in the teacher's scheduler config"
+    )
+    teacher_check: bool = _option(True, "first test on real images that the teacher is read correctly")
+    guidance_scale: float = _option(1.0, "classifier-free guidance of the teacher's steps; 1 is off")
+    null_class_label: int | None = _option(None, "the label that stands for 'no class'")
+    label_dropout: float = _option(
+        0.0, "share of labels replaced by null_class_label, so that the student can be guided"
+    )
+
+    # The student
+    unet_config: str | None = _option(None, "for ct without a teacher: a UNet2DModel config to initialise at random")
+    boundary: Literal["edm", "euler", "lcm"] | None = _option(None, "boundary form; by default what suits the teacher")
+    sigma_min: float | None = _option(None, "where the consistency function is the identity")
+    sigma_max: float | None = _option(None, "where sampling starts")
+    conversion_steps: int | None = _option(
+        None, "steps of regression from epsilon to v prediction; 0: off; by default a tenth of the steps when needed"
+    )
+    conversion_learning_rate: float = _option(3e-4, "peak learning rate of the conversion, which decays to 0")
+    few_step_sigmas: dict[str, list[float]] | None = _option(
+        None, "noise levels stored with the student for few-step sampling, as {2: [80, 0.8]}"
+    )
+
+    # The five choices
+    levels: Literal["fixed", "progressive", "doubling"] | None = _option(None, "N(k), the number of noise levels")
+    num_levels: int | None = _option(None, "N, for fixed levels")
+    s0: int | None = _option(None, "first number of intervals, for progressive and doubling levels")
+    s1: int | None = _option(None, "last number of intervals, for progressive and doubling levels")
+    level_distribution: Literal["uniform", "lognormal"] | None = _option(None, "how a pair of levels is drawn")
+    p_mean: float = _option(-1.1, "mean of ln sigma, for lognormal draws")
+    p_std: float = _option(2.0, "standard deviation of ln sigma, for lognormal draws")
+    source: Literal["teacher", "data"] | None = _option(None, "where the lower point comes from")
+    solver: Literal["euler", "heun"] | None = _option(None, "the teacher's ODE step")
+    target: Literal["ema", "student"] | None = _option(None, "which weights answer at the lower point")
+    mu: float | None = _option(None, "decay of the target EMA per step (mu0 for the progressive schedule); 0 is none")
+    mu_schedule: Literal["fixed", "progressive"] | None = _option(None, "whether mu follows N(k)")
+    distance: Literal["l1", "l2", "lpips", "pseudo_huber"] | None = _option(None, "distance between two images")
+    huber_c: float | None = _option(None, "constant of the pseudo-Huber distance; by default 0.00054 * sqrt(d)")
+    weighting: Literal["uniform", "inverse_gap"] | None = _option(None, "loss weight: 1, or 1 / (sigma - sigma_lower)")
+
+    # Data
+    dataset: str | None = _option(None, "Hub id, folder of images, parquet files, or a saved dataset")
+    dataset_name: str | None = _option(None, "configuration of the dataset")
+    dataset_split: str = _option("train", "split of the dataset")
+    streaming: bool = _option(False, "read the dataset as it comes, without downloading it first")
+    image_column: str | None = _option(None, "column of images; found by itself when there is one")
+    label_column: str | None = _option(None, "column of class labels, for class-conditional students")
+    resolution: int | None = _option(None, "image size in pixels; by default the teacher's")
+    center_crop: bool = _option(True, "crop in the middle rather than at random")
+    random_flip: bool = _option(False, "mirror half of the images")
+    on_bad_image: Literal["error", "skip"] = _option("error", "what a corrupt image does; either way it is named")
+    num_workers: int = _option(0, "processes that load images")
+
+    # Optimisation
+    max_train_steps: int = _option(100_000, "steps of the method itself")
+    batch_size: int = _option(64, "images per device and micro-step")
+    gradient_accumulation_steps: int = _option(1, "micro-steps per step")
+    optimizer: Literal["radam", "adam", "adamw"] = _option("radam", "optimiser")
+    learning_rate: float = _option(1e-4, "peak learning rate")
+    lr_schedule: Literal["constant", "cosine", "linear"] = _option("constant", "what follows the warm-up")
+    lr_warmup_steps: int = _option(0, "steps of linear warm-up")
+    adam_betas: list[float] = _option([0.9, 0.999], "decay rates of the optimiser's moments")
+    weight_decay: float = _option(0.0, "decoupled for adamw")
+    max_grad_norm: float | None = _option(1.0, "gradient clipping; none: off")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "by default accelerate's own setting")
+    seed: int = _option(0, "seed of everything random")
+    ema_half_life: float = _option(500_000, "half-life of the evaluation weights, in images")
+    ema_rampup: float | None = _option(0.05, "limits the half-life to this part of the images seen; none: no limit")
+
+    # Output
+    output_dir: str = _option("outputs/student", "where the student, its checkpoints and its logs go")
+    checkpoint_steps: int = _option(5_000, "steps between checkpoints; 0: none")
+    checkpoint_limit: int = _option(2, "how many checkpoints are kept")
+    resume: str | None = _option(
+        None, "'auto' for the newest whole checkpoint of output_dir, or a checkpoint's folder"
+    )
+    logging_steps: int = _option(50, "steps between log entries")
+    sample_steps: int = _option(1_000, "steps between sample grids; 0: none")
+    num_samples: int = _option(16, "images in a sample grid")
+    sample_nfes: list[int] = _option([1, 2], "numbers of steps to sample with")
+    tracker: str = _option("tensorboard", "tracker of accelerate: tensorboard, wandb, ... or none")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = coerce(spec.name, getattr(self, spec.name))
+            setattr(self, spec.name, value)
+        self._check_numbers()
+
+    def resolve(self) -> ConsistencyConfig:
+        """The config with the method's choices filled in, and checked against each other."""
+        choices = {k: v for k, v in METHODS[self.method].items() if getattr(self, k) is None}
+        config = dataclasses.replace(self, **choices)
+        if config.levels != "fixed" and (config.s0 is None or config.s1 is None):
+            raise ValueError(f"`levels={config.levels!r}` needs `s0` and `s1`.")
+        if config.levels == "fixed" and config.num_levels is None:
+            raise ValueError("`levels='fixed'` needs `num_levels`.")
+        if config.mu_schedule == "progressive" and config.s0 is None:
+            raise ValueError("`mu_schedule='progressive'` needs `s0`.")
+        if config.source == "teacher" and config.solver is None:
+            raise ValueError("`source='teacher'` needs a `solver`.")
+        if config.guidance_scale != 1 and config.source != "teacher":
+            raise ValueError("`guidance_scale` acts on the teacher's steps: it needs `source='teacher'`.")
+        if config.guidance_scale != 1 and config.null_class_label is None:
+            raise ValueError("`guidance_scale` needs `null_class_label`, the label that stands for 'no class'.")
+        if config.label_dropout and config.null_class_label is None:
+            raise ValueError("`label_dropout` needs `null_class_label`, the label that stands for 'no class'.")
+        return config
+
+    def _check_numbers(self) -> None:
+        positive = (
+            "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
+            "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit s0"
+        )
+        for name in positive.split():
+            self._require(name, lambda value: value > 0, "positive")
+        not_negative = "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay"
+        for name in not_negative.split():
+            self._require(name, lambda value: value >= 0, "at least 0")
+        self._require("num_levels", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
+        self._require("s1", lambda value: value >= (self.s0 or 1), "at least `s0`")
+        self._require("label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
+        self._require("mu", lambda value: 0 <= value < 1, "in [0, 1)")
+        self._require("max_grad_norm", lambda value: value > 0, "positive")
+        self._require("adam_betas", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two in [0, 1)")
+        self._require("sample_nfes", lambda nfes: all(n >= 1 for n in nfes), "positive")
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError(f"Need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.")
+
+    def _require(self, name: str, condition: Any, meaning: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not condition(value):
+            raise ValueError(f"`{name}` must be {meaning}, got {value}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ConsistencyConfig:
+        """A config from plain values; an unknown key is refused with the nearest valid name."""
+        names = [spec.name for spec in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ValueError(unknown_key(key, names))
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> ConsistencyConfig:
+        """A config from a YAML file, with `overrides` on top."""
+        return cls.from_dict({**read_yaml(path), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them."""
+        return dataclasses.asdict(self)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML config file.
+
+    Raises:
+        `ValueError`: if the file is missing, is not YAML or holds something other than keys and values.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"Cannot read the config file {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The config file {path} must hold `key: value` lines, got {type(values).__name__}.")
+    return values
+
+
+def unknown_key(key: str, names: list[str]) -> str:
+    """What to say of a key that does not exist."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"Unknown option {key!r}." + (f" Did you mean {near[0]!r}?" if near else f" Options: {', '.join(names)}.")
+
+
+def coerce(name: str, value: Any) -> Any:
+    """`value` as the type of the config's field `name` (YAML reads `1e-4` as text, and integers where floats go).
+
+    Raises:
+        `ValueError`: if it is not of that type, or not one of the choices.
+    """
+    hint = get_type_hints(ConsistencyConfig)[name]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_optional(hint) else [hint]
+    if value is None:
+        if _is_optional(hint):
+            return None
+        raise ValueError(f"`{name}` must not be empty.")
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        if value is False and "no" in get_args(kind):  # YAML's `no`
+            value = "no"
+        if value not in get_args(kind):
+            raise ValueError(f"`{name}` must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
+        return value
+    try:
+        return _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        expected = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"`{name}` must be of type {expected}, got {value!r}.") from error
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is list:
+        return [_convert(get_args(kind)[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
+    if get_origin(kind) is dict:
+        return {str(key): _convert(get_args(kind)[1], item) for key, item in dict(value).items()}
+    if kind is bool:
+        words = {"true": True, "yes": True, "false": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ValueError(value)
+    if isinstance(value, bool) or isinstance(value, list | dict):
+        raise TypeError(value)
+    if kind is int and float(value) != int(float(value)):
+        raise ValueError(value)
+    return int(float(value)) if kind is int else kind(value)

@@ -1,0 +1,110 @@
+"""Consistency between two neighbouring noise levels: distillation and training in isolation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cm_diffusers.noise_levels import LevelPair, Levels
+from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.training.distances import Distance
+from cm_diffusers.training.solvers import Denoise, Solver, expand
+
+Weighting = Callable[[LevelPair], Tensor]
+
+
+def uniform(pair: LevelPair) -> Tensor:
+    """1 for every pair (Song et al. 2023)."""
+    return torch.ones_like(pair.sigma)
+
+
+def inverse_gap(pair: LevelPair) -> Tensor:
+    """`1 / (sigma - sigma_lower)` (Song & Dhariwal 2023, section 3.1)."""
+    return 1 / (pair.sigma - pair.sigma_lower)
+
+
+WEIGHTINGS: dict[str, Weighting] = {"uniform": uniform, "inverse_gap": inverse_gap}
+
+
+class Source(Protocol):
+    """How the point at the lower level of a pair is found."""
+
+    def __call__(
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any
+    ) -> Tensor: ...
+
+
+def from_data(images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+    """The same image with the same noise, at the lower level (algorithm 3)."""
+    return images + expand(pair.sigma_lower, images) * noise
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """One step of the teacher's probability-flow ODE (algorithm 2)."""
+
+    denoise: Denoise
+    solver: Solver
+
+    def __call__(self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+        return self.solver(self.denoise, sample, pair.sigma, pair.sigma_lower, **conditioning)
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """`weighting * distance(f(x, sigma), f_target(x_lower, sigma_lower))` (Song et al. 2023, equations 7 and 10).
+
+    Args:
+        student ([`~cm_diffusers.preconditioning.Denoiser`]): f, with gradient.
+        target ([`~cm_diffusers.preconditioning.Denoiser`]): f of the target weights; may share the student's network.
+        levels ([`~cm_diffusers.noise_levels.Levels`]): the pairs of noise levels.
+        source ([`Source`]): teacher or data.
+        distance (`Callable`): per sample.
+        weighting (`Callable`): of a pair.
+    """
+
+    student: Denoiser
+    target: Denoiser
+    levels: Levels
+    source: Source
+    distance: Distance
+    weighting: Weighting
+
+    def loss(self, images: Tensor, step: int, **conditioning: Any) -> Tensor:
+        pair = self.levels.draw(step, len(images))
+        noise = torch.randn_like(images)
+        sample = images + expand(pair.sigma, images) * noise
+        with torch.no_grad():
+            lower = self.source(images, noise, sample, pair, **conditioning)
+            with same_dropout(self.student.network, images.device):
+                target = self.target(lower, pair.sigma_lower, **conditioning)
+        prediction = self.student(sample, pair.sigma, **conditioning)
+        weights = self.weighting(pair).to(images.device)
+        return (weights * self.distance(prediction, target)).mean()
+
+
+@contextmanager
+def same_dropout(network: Any, device: torch.device) -> Iterator[None]:
+    """Afterwards, the next forward pass draws the dropout masks that were drawn inside.
+
+    On an accelerator the masks come from the accelerator's own generator, on the CPU from the CPU's.
+    """
+    if not has_dropout(network):
+        yield
+        return
+    backend = None if device.type == "cpu" else getattr(torch, device.type)
+    state = torch.get_rng_state() if backend is None else backend.get_rng_state(device)
+    yield
+    torch.set_rng_state(state) if backend is None else backend.set_rng_state(state, device)
+
+
+def has_dropout(network: Any) -> bool:
+    """Whether a forward pass of `network` draws random masks."""
+    if not isinstance(network, nn.Module):
+        return False
+    return any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in network.modules())

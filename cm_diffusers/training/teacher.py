@@ -1,0 +1,208 @@
+"""Loading a teacher, and testing on real images that it is read the way it was trained."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm_diffusers.preconditioning import Denoiser, Preconditioning, VPPreconditioning, read_preconditioning
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Teacher:
+    """A pretrained diffusion model: its network, its scheduler and where it came from."""
+
+    unet: nn.Module
+    scheduler: Any
+    name: str
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        return read_preconditioning(self.scheduler)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """D(x; sigma) ~ E[x0 | x]."""
+        return Denoiser(self.unet, self.preconditioning)
+
+
+def load_teacher(source: Any, revision: str | None = None, prediction_type: str | None = None) -> Teacher:
+    """A teacher from whatever the user has.
+
+    Args:
+        source: a folder or Hub id of a pipeline, a pipeline, or a pair `(unet, scheduler)`.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        prediction_type (`str`, *optional*): replaces the one in the scheduler's config.
+
+    Raises:
+        `TypeError`: if `source` is none of these, or its network takes other inputs than an image UNet's.
+        `ValueError`: if it cannot be loaded, or its scheduler is not supported.
+    """
+    if isinstance(source, tuple | list):
+        if len(source) != 2:
+            raise TypeError(f"A pair (unet, scheduler) has two parts, got {len(source)}.")
+        (unet, scheduler), name = source, type(source[0]).__name__
+    elif isinstance(source, str) or hasattr(source, "__fspath__"):
+        pipeline = _load_pipeline(str(source), revision)
+        unet, scheduler, name = pipeline.unet, pipeline.scheduler, str(source)
+    elif hasattr(source, "unet") and hasattr(source, "scheduler"):
+        unet, scheduler, name = source.unet, source.scheduler, type(source).__name__
+    else:
+        raise TypeError(
+            f"`teacher` must be a path, a Hub id, a pipeline or (unet, scheduler), got {type(source).__name__}."
+        )
+    if getattr(getattr(unet, "config", None), "cross_attention_dim", None) is not None:
+        raise TypeError(
+            f"{type(unet).__name__} takes text embeddings; only image and class-conditional UNets are supported."
+        )
+    if prediction_type is not None:
+        scheduler = type(scheduler).from_config({**scheduler.config, "prediction_type": prediction_type})
+    read_preconditioning(scheduler)
+    return Teacher(unet.requires_grad_(False).eval(), scheduler, name)
+
+
+def _load_pipeline(path: str, revision: str | None) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from cm_diffusers.pipelines import ConsistencyPipeline
+
+    try:
+        config = DiffusionPipeline.load_config(path, revision=revision)
+        ours = config.get("_class_name") == ConsistencyPipeline.__name__
+        loader = ConsistencyPipeline if ours else DiffusionPipeline
+        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot load a pipeline with safetensors weights from {path!r}: {error}") from error
+    if not hasattr(pipeline, "unet"):
+        raise ValueError(f"The pipeline {type(pipeline).__name__} in {path!r} has no UNet.")
+    return pipeline
+
+
+# The teacher check --------------------------------------------------------------------------------------------------
+
+# The middle of the range, where any denoiser worth distilling is good: an epsilon network is noisy far above, and all
+# networks are alike far below.
+CHECKED_SIGMAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+# A wrong conditioning must be better by so much before it is believed.
+MARGIN = 0.97
+FACTORS = (0.6, 0.75, 1.0, 1.35, 1.7)
+
+
+@dataclass
+class TeacherReport:
+    """What the check measured.
+
+    Args:
+        sigmas (`list[float]`): noise levels.
+        errors (`list[float]`): mean squared error of D against the images at each.
+        bounds (`list[float]`): what the best linear denoiser of white data of the same variance would leave.
+        time_factor (`float`): D is best when it is told this multiple of the true noise level; 1 for a teacher that is
+            read correctly.
+    """
+
+    sigmas: list[float]
+    errors: list[float]
+    bounds: list[float]
+    time_factor: float
+
+    def table(self) -> str:
+        rows = zip(self.sigmas, self.errors, self.bounds, strict=True)
+        return "\n".join(f"  sigma {s:6.3f}   error {e:9.5f}   linear denoiser {b:9.5f}" for s, e, b in rows)
+
+    @property
+    def excess(self) -> float:
+        """Median over sigma of error / bound: below 1 for a denoiser."""
+        ratios = [error / bound for error, bound in zip(self.errors, self.bounds, strict=True)]
+        return sorted(ratios)[len(ratios) // 2] if all(map(math.isfinite, ratios)) else math.inf
+
+
+@torch.no_grad()
+def measure_teacher(teacher: Denoiser, images: Tensor, **conditioning: Any) -> TeacherReport:
+    """D's error on real images over the noise level, and the time it would rather be given.
+
+    Args:
+        teacher ([`~cm_diffusers.preconditioning.Denoiser`]): D.
+        images (`Tensor` of shape `(batch, channels, height, width)`): real images in the teacher's range.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = teacher.preconditioning
+    assert isinstance(base, Preconditioning)
+    low, high = base.sigma_range
+    sigmas = [sigma for sigma in CHECKED_SIGMAS if low <= sigma * min(FACTORS) and sigma * max(FACTORS) <= high]
+    variance = float(images.var())
+    errors, bounds, logs = [], [], dict.fromkeys(FACTORS, 0.0)
+    for sigma in sigmas:
+        sample = images + sigma * torch.randn(images.shape, generator=generator).to(images)
+        for factor in FACTORS:
+            told = Denoiser(teacher.network, _ToldSigma(base, factor))
+            error = float((told(sample, sigma, **conditioning) - images).square().mean())
+            logs[factor] += math.log(max(error, 1e-12)) if math.isfinite(error) else math.inf
+            if factor == 1.0:
+                errors.append(error)
+        bounds.append(variance * sigma**2 / (variance + sigma**2))
+    best = min(FACTORS, key=lambda factor: logs[factor])
+    if logs[best] > logs[1.0] + len(sigmas) * math.log(MARGIN):
+        best = 1.0
+    return TeacherReport(sigmas, errors, bounds, best)
+
+
+@dataclass(frozen=True)
+class _ToldSigma:
+    """A family whose network is told a multiple of the true noise level."""
+
+    base: Preconditioning
+    factor: float
+
+    def scalings(self, sigma: Tensor) -> Any:
+        return self.base.scalings(sigma)._replace(c_noise=self.base.c_noise(sigma * self.factor).to(torch.float32))
+
+
+def check_teacher(teacher: Teacher, images: Tensor, **conditioning: Any) -> TeacherReport:
+    """Refuse a teacher whose D is not a denoiser on real images.
+
+    Raises:
+        `ValueError`: naming what is probably wrong: the prediction type, the noise schedule, or the images.
+    """
+    report = measure_teacher(teacher.denoiser, images, **conditioning)
+    if not report.sigmas:
+        logger.warning("The teacher's range of sigma holds none of the levels at which teachers are checked.")
+        return report
+    found = (
+        f"The teacher {teacher.name} does not denoise these images as its scheduler's config says.\n{report.table()}\n"
+    )
+    if not report.excess < 1:
+        raise ValueError(found + _explain(teacher, images, **conditioning))
+    if report.time_factor != 1.0:
+        raise ValueError(
+            found + f"It denoises better when told {report.time_factor:g} times the true noise level, so the config's "
+            "noise schedule (its betas or its time) is not the one it was trained with. Pass (unet, scheduler) with "
+            "the right one, or switch the check off with `teacher_check=False`."
+        )
+    logger.info("Teacher check passed: D's error on real images\n%s", report.table())
+    return report
+
+
+def _explain(teacher: Teacher, images: Tensor, **conditioning: Any) -> str:
+    base = teacher.preconditioning
+    if isinstance(base, VPPreconditioning):
+        for other in ("epsilon", "v_prediction", "sample"):
+            if other == base.prediction_type:
+                continue
+            guess = VPPreconditioning(base.alphas_cumprod, other, base.sigma_data)
+            if measure_teacher(Denoiser(teacher.unet, guess), images, **conditioning).excess < 1:
+                return (
+                    f"It does when read as `prediction_type={other!r}`; the config says {base.prediction_type!r}. "
+                    f"Set `teacher_prediction_type={other!r}`."
+                )
+    low, high = float(images.min()), float(images.max())
+    return (
+        f"No other prediction type fits. Check that the scheduler belongs to this network, and that images in "
+        f"[{low:.2f}, {high:.2f}] of this kind are what it was trained on; `teacher_check=False` skips the check."
+    )

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler
+
+from cm_diffusers.noise_levels import (
+    Levels,
+    doubling_num_levels,
+    draw_pairs,
+    karras_grid,
+    lognormal_probabilities,
+    progressive_mu,
+    progressive_num_levels,
+)
+
+
+def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Pearson's statistic, in standard deviations above its mean."""
+    expected = counts.sum() * probabilities
+    degrees = len(counts) - 1
+    return float((((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees))
+
+
+# The grid -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_levels", "sigma_max", "rho"), [(18, 80.0, 7.0), (40, 80.0, 7.0), (5, 14.6, 3.0)])
+def test_karras_grid_is_the_stock_schedulers(num_levels: int, sigma_max: float, rho: float) -> None:
+    stock = CMStochasticIterativeScheduler(num_train_timesteps=num_levels, sigma_max=sigma_max, rho=rho)
+    expected = stock.sigmas.flip(0)
+    torch.testing.assert_close(karras_grid(num_levels, 0.002, sigma_max, rho).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_karras_grid_is_linear_in_the_root_of_sigma() -> None:
+    roots = karras_grid(11, 0.01, 50.0, rho=5.0).double() ** (1 / 5)
+    torch.testing.assert_close(roots.diff(), torch.full((10,), (50**0.2 - 0.01**0.2) / 10).double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sigma_min", [0.002, 0.01, 0.0292, 0.1])
+def test_karras_grid_has_exact_ends(sigma_min: float) -> None:
+    grid = karras_grid(7, sigma_min, 14.6146)
+    assert torch.equal(grid[[0, -1]], torch.tensor([sigma_min, 14.6146]))
+
+
+@pytest.mark.parametrize("num_levels", [1, 0, -3])
+def test_karras_grid_refuses_fewer_than_two_levels(num_levels: int) -> None:
+    with pytest.raises(ValueError, match=f"num_levels={num_levels}"):
+        karras_grid(num_levels, 0.002, 80.0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (80.0, 0.002), (1.0, 1.0)])
+def test_karras_grid_refuses_a_range_that_is_none(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+        karras_grid(18, low, high)
+
+
+# Curricula ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 2),  # sqrt(4) - 1 = 1
+        (1, 16),  # sqrt(0.01 * 22797 + 4) - 1 = 14.23
+        (10, 48),  # sqrt(0.1 * 22797 + 4) - 1 = 46.79
+        (50, 107),  # sqrt(0.5 * 22797 + 4) - 1 = 105.78
+        (100, 151),
+        (1000, 151),
+    ],
+)
+def test_progressive_num_levels(step: int, expected: int) -> None:
+    assert progressive_num_levels(step, 100, s0=2, s1=150) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 11), (99_999, 11), (100_000, 21), (350_000, 81), (700_000, 1281), (800_000, 1281), (9_000_000, 1281)],
+)
+def test_doubling_num_levels(step: int, expected: int) -> None:
+    assert doubling_num_levels(step, 800_000, s0=10, s1=1280) == expected
+
+
+def test_doubling_ends_at_s1_when_it_is_no_power_of_two_times_s0() -> None:
+    # K' = 100 // (floor(log2(2)) + 1) = 50.
+    assert [doubling_num_levels(k, 100, s0=10, s1=25) for k in (0, 49, 50, 99, 100, 500)] == [11, 11, 21, 21, 26, 26]
+
+
+def test_doubling_stays_when_both_ends_are_equal() -> None:
+    assert {doubling_num_levels(k, 10, s0=17, s1=17) for k in range(30)} == {18}
+
+
+@pytest.mark.parametrize("curriculum", [progressive_num_levels, doubling_num_levels])
+def test_curricula_never_shrink(curriculum) -> None:
+    levels = [curriculum(k, 500, 4, 64) for k in range(600)]
+    assert all(a <= b for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_progressive_mu_starts_at_mu0() -> None:
+    assert progressive_mu(2, s0=2, mu0=0.9) == pytest.approx(0.9)
+
+
+def test_progressive_mu_follows_the_number_of_levels() -> None:
+    assert progressive_mu(151, s0=2, mu0=0.95) == pytest.approx(math.exp(2 * math.log(0.95) / 151))
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_lognormal_probabilities_are_the_integrals_of_the_density() -> None:
+    sigmas, mean, std = karras_grid(20, 0.002, 80.0), -1.1, 2.0
+    expected = []
+    for low, high in zip(sigmas.log().tolist(), sigmas.log()[1:].tolist(), strict=False):
+        y = np.linspace(low, high, 2001)
+        density = np.exp(-((y - mean) ** 2) / (2 * std**2))
+        expected.append(((density[1:] + density[:-1]) / 2).sum() * (y[1] - y[0]))
+    expected = torch.tensor(expected) / sum(expected)
+    torch.testing.assert_close(lognormal_probabilities(sigmas, mean, std), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_drawn_pairs_are_neighbours_of_the_grid(generator: torch.Generator) -> None:
+    grid = karras_grid(9, 0.002, 80.0)
+    pairs = draw_pairs(grid, 500, generator)
+    upper, lower = torch.searchsorted(grid, pairs.sigma), torch.searchsorted(grid, pairs.sigma_lower)
+    assert torch.equal(grid[upper], pairs.sigma)
+    assert torch.equal(upper, lower + 1)
+
+
+def test_pairs_are_drawn_uniformly_by_default(generator: torch.Generator) -> None:
+    grid = karras_grid(11, 0.002, 80.0)
+    index = torch.searchsorted(grid, draw_pairs(grid, 20_000, generator).sigma_lower)
+    assert chi_square(torch.bincount(index, minlength=10), torch.full((10,), 0.1)) < 5
+
+
+def test_pairs_follow_given_probabilities(generator: torch.Generator) -> None:
+    grid = karras_grid(11, 0.002, 80.0)
+    probabilities = lognormal_probabilities(grid, -1.1, 2.0)
+    index = torch.searchsorted(grid, draw_pairs(grid, 20_000, generator, probabilities).sigma_lower)
+    assert chi_square(torch.bincount(index, minlength=10), probabilities) < 5
+
+
+@pytest.mark.parametrize("lognormal", [None, (-1.1, 2.0)])
+def test_draws_depend_on_the_generator_alone(lognormal: tuple[float, float] | None) -> None:
+    levels = Levels(lambda step: 18, 0.002, 80.0, lognormal=lognormal)
+    draws = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        draws.append(levels.draw(0, 64, torch.Generator().manual_seed(7)))
+    assert torch.equal(draws[0].sigma, draws[1].sigma)
+    assert not torch.equal(draws[0].sigma, levels.draw(0, 64, torch.Generator().manual_seed(8)).sigma)
+
+
+def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
+    levels = Levels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
+    first, second = levels.draw(0, 100, generator), levels.draw(1, 100, generator)
+    assert set(first.sigma.tolist()) == {80.0}
+    assert set(second.sigma.tolist()) == set(karras_grid(3, 0.002, 80.0)[1:].tolist())
+    assert torch.equal(levels.draw(0, 100, generator).sigma, first.sigma)
+
+
+def test_levels_pass_lognormal_probabilities_on(generator: torch.Generator) -> None:
+    grid = karras_grid(11, 0.002, 80.0)
+    drawn = Levels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).draw(0, 20_000, generator)
+    index = torch.searchsorted(grid, drawn.sigma_lower)
+    assert chi_square(torch.bincount(index, minlength=10), lognormal_probabilities(grid, -1.1, 2.0)) < 5

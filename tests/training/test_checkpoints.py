@@ -1,0 +1,75 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from cm_diffusers.training import checkpoints
+from cm_diffusers.training.checkpoints import CheckpointError
+
+
+def write(root: Path, step: int, content: str = "weights") -> Path:
+    def files(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text(content)
+        (folder / checkpoints.STATE).write_text(f'{{"step": {step}}}')
+
+    folder = checkpoints.checkpoint_path(root, step)
+    checkpoints.write_files(folder, files, is_main=True, wait=lambda: None)
+    return folder
+
+
+def damage(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    changed = {"truncate": data[:-1], "empty": b"", "flip": bytes([data[0] ^ 1]) + data[1:]}
+    if how == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(changed[how])
+
+
+def test_newest_whole_checkpoint_is_found(tmp_path):
+    write(tmp_path, 5)
+    newest = write(tmp_path, 100)
+    assert checkpoints.find("auto", tmp_path) == (newest, {"step": 100})
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoints.find("auto", tmp_path) is None
+
+
+@pytest.mark.parametrize("how", ["truncate", "empty", "flip", "delete"])
+@pytest.mark.parametrize("name", ["sub/weights", checkpoints.STATE, checkpoints.MANIFEST])
+def test_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, how, name):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    damage(newer / name, how)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.find("auto", tmp_path) == (older, {"step": 1})
+    assert str(newer) in caplog.text
+    with pytest.raises(CheckpointError, match=str(newer)):
+        checkpoints.find(str(newer), tmp_path)
+
+
+def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
+    only = write(tmp_path, 1)
+    damage(only / "sub" / "weights", "flip")
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
+        checkpoints.find("auto", tmp_path)
+    assert (only / "sub" / "weights").exists()
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path):
+    whole = write(tmp_path, 1)
+
+    def full_disk(folder: Path) -> None:
+        (folder / "half").write_text("...")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.write_files(checkpoints.checkpoint_path(tmp_path, 2), full_disk, True, lambda: None)
+    assert checkpoints.find("auto", tmp_path) == (whole, {"step": 1})
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    folders = [write(tmp_path, step) for step in (1, 20, 3)]
+    checkpoints.prune(tmp_path, 2)
+    assert [folder.exists() for folder in folders] == [False, True, True]

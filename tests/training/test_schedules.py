@@ -1,0 +1,52 @@
+import pytest
+
+from cm_diffusers.training import ConsistencyConfig
+from cm_diffusers.training.ema import decay_for_half_life
+from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
+
+
+def test_learning_rate_warms_up_to_its_peak():
+    rates = [learning_rate(k, 100, 1.0, "constant", warmup_steps=4) for k in range(6)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+def test_learning_rate_schedules(schedule, half):
+    assert learning_rate(0, 100, 1.0, schedule) == pytest.approx(1.0)
+    assert learning_rate(50, 100, 1.0, schedule) == pytest.approx(half)
+    end = learning_rate(100, 100, 1.0, schedule)
+    assert end == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+
+
+def test_ct_follows_the_papers_curriculum():
+    config = ConsistencyConfig(method="ct", max_train_steps=1000, distance="l2").resolve()
+    levels = make_levels(config, 0.002, 80.0, 7.0)
+    mu = mu_schedule(config, levels)
+    assert levels.num_levels(0) == 2
+    assert levels.num_levels(1000) == 151
+    assert mu(0) == pytest.approx(0.9 ** (2 / 2))
+    assert mu(1000) == pytest.approx(0.9 ** (2 / 151))
+
+
+def test_cd_keeps_its_levels_and_mu():
+    config = ConsistencyConfig(num_levels=18, mu=0.5).resolve()
+    levels = make_levels(config, 0.002, 80.0, 7.0)
+    assert {levels.num_levels(k) for k in (0, 7, 10**6)} == {18}
+    assert mu_schedule(config, levels)(123) == 0.5
+
+
+def test_doubling_levels():
+    config = ConsistencyConfig(levels="doubling", s0=10, s1=80, max_train_steps=400).resolve()
+    levels = make_levels(config, 0.002, 80.0, 7.0)
+    assert [levels.num_levels(k) for k in (0, 99, 100, 200, 300, 400)] == [11, 11, 21, 41, 81, 81]
+
+
+def test_half_life_does_not_depend_on_the_batch_size():
+    for batch in (32, 256):
+        decay = decay_for_half_life(10_240, batch, 10**9, rampup=0.05)
+        assert decay ** (10_240 / batch) == pytest.approx(0.5)
+
+
+def test_rampup_limits_the_half_life_early_on():
+    assert decay_for_half_life(1e9, 100, 1000, rampup=0.1) == pytest.approx(0.5)
+    assert decay_for_half_life(1e9, 100, 1000, rampup=None) > 0.999999

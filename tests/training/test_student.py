@@ -1,0 +1,90 @@
+import diffusers
+import pytest
+import torch
+
+from cm_diffusers.preconditioning import Denoiser, read_preconditioning
+from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.training.student import cut_variance, make_student, refit_time_embedding
+
+
+def outputs(unet, scheduler_or_base, sigmas=(0.01, 0.3, 2.0, 60.0)):
+    generator = torch.Generator().manual_seed(1)
+    base = getattr(scheduler_or_base, "preconditioning", None) or read_preconditioning(scheduler_or_base)
+    denoise = Denoiser(unet, base)
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        return torch.stack([denoise(x * (1 + s), s) for s in sigmas])
+
+
+def test_teacher_is_left_as_it_is_and_student_learns(unet):
+    unet.requires_grad_(False)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    student, _ = make_student(unet, diffusers.DDPMScheduler(), convert=True)
+    assert all(p.requires_grad for p in student.parameters())
+    torch.nn.init.zeros_(student.conv_out.weight)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_epsilon_teachers_are_converted_unless_switched_off(unet):
+    _, converted = make_student(unet, diffusers.DDPMScheduler(), convert=True)
+    _, kept = make_student(unet, diffusers.DDPMScheduler(), convert=False)
+    assert converted.config.prediction_type == "v_prediction"
+    assert kept.config.prediction_type == "epsilon"
+
+
+def test_v_prediction_teachers_start_from_what_they_know(unet):
+    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction")
+    student, student_scheduler = make_student(unet, scheduler, convert=True)
+    torch.testing.assert_close(outputs(student, student_scheduler), outputs(unet, scheduler))
+
+
+def test_predicted_variance_is_cut_off(make_unet):
+    unet = make_unet(out_channels=6)
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", prediction_type="v_prediction")
+    student, student_scheduler = make_student(unet, scheduler, convert=True)
+    assert student.config.out_channels == 3
+    torch.testing.assert_close(outputs(student, student_scheduler), outputs(unet, scheduler))
+
+
+def test_cut_variance_leaves_other_networks_alone(unet):
+    weight = unet.conv_out.weight
+    cut_variance(unet)
+    assert unet.conv_out.weight is weight
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("class_name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_edm_student_is_stock_and_starts_from_what_the_teacher_knows(make_unet, prediction_type, class_name):
+    unet = make_unet(block_out_channels=(32,), norm_num_groups=8)
+    scheduler = getattr(diffusers, class_name)(prediction_type=prediction_type)
+    student, student_scheduler = make_student(unet, scheduler, convert=True)
+    assert student_scheduler.is_stock
+    # D of both, from the same network in the two conventions: the student's f is not D, so compare F.
+    base = read_preconditioning(scheduler)
+    edm = ConsistencyScheduler(family="edm", prediction_type="epsilon").preconditioning
+    sigma = torch.tensor([0.005, 0.1, 1.0, 30.0])
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        old = base.sign * unet(x, base.c_noise(sigma).float()).sample
+        new = student(x, student_scheduler.preconditioning.c_noise(sigma).float()).sample
+    assert edm.sign == 1
+    assert float((new - old).abs().max()) < 0.02 * float(old.std())
+
+
+def test_edm_student_keeps_the_teachers_time_when_conversion_is_off(make_unet):
+    unet = make_unet()
+    _, scheduler = make_student(unet, diffusers.EDMEulerScheduler(), convert=False)
+    assert scheduler.config.family == "edm"
+    assert not scheduler.is_stock
+
+
+def test_refit_reports_its_error(make_unet):
+    unet = make_unet(block_out_channels=(64,), norm_num_groups=8)
+    old = read_preconditioning(diffusers.EDMEulerScheduler())
+    new = read_preconditioning(diffusers.CMStochasticIterativeScheduler())
+    assert refit_time_embedding(unet, old, new) < 1e-2
+
+
+def test_range_outside_the_teachers_is_refused(unet):
+    with pytest.raises(ValueError, match="leaves the teacher's"):
+        make_student(unet, diffusers.DDPMScheduler(), convert=True, sigma_max=500.0)
