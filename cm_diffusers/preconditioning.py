@@ -465,9 +465,9 @@ def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
         return FlowPreconditioning(fields.get("num_train_timesteps") or 1000, sigma_data)
     sigma_range = (fields["sigma_min"], fields["sigma_max"])
     if family == "edm":
-        return EDMPreconditioning(
-            sigma_range, sigma_data, -1.0 if fields.get("prediction_type") == "v_prediction" else 1.0
-        )
+        prediction_type = fields.get("prediction_type") or "epsilon"
+        _check_prediction_type("A network of family 'edm'", prediction_type, ("epsilon", "v_prediction"))
+        return EDMPreconditioning(sigma_range, sigma_data, -1.0 if prediction_type == "v_prediction" else 1.0)
     if family == "consistency":
         return CMPreconditioning(sigma_range, sigma_data)
     if family == "ve":

@@ -108,7 +108,8 @@ def edm_network(denoise: Denoise, sigma_data: float = 0.5, sign: float = 1.0) ->
         sigma = torch.exp(4 * time)
         x = sample * (sigma**2 + sigma_data**2).sqrt()
         skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        return sign * (denoise(x, sigma.flatten()) - skip * x) * (sigma**2 + sigma_data**2).sqrt() / (sigma * sigma_data)
+        out = sign * sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        return (denoise(x, sigma.flatten()) - skip * x) / out
 
     return IdealNetwork(predict)
 

@@ -25,7 +25,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees))
 
 
-# The grid -------------------------------------------------------------------------------------------------------------
+# The grid ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_levels", "sigma_max", "rho"), [(18, 80.0, 7.0), (40, 80.0, 7.0), (5, 14.6, 3.0)])
@@ -58,7 +58,7 @@ def test_karras_grid_refuses_a_range_that_is_none(low: float, high: float) -> No
         karras_grid(18, low, high)
 
 
-# Curricula ------------------------------------------------------------------------------------------------------------
+# Curricula -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_progressive_mu_follows_the_number_of_levels() -> None:
     assert progressive_mu(151, s0=2, mu0=0.95) == pytest.approx(math.exp(2 * math.log(0.95) / 151))
 
 
-# Pairs ----------------------------------------------------------------------------------------------------------------
+# Pairs ---------------------------------------------------------------------------------------------------------------
 
 
 def test_lognormal_probabilities_are_the_integrals_of_the_density() -> None:

@@ -98,7 +98,7 @@ def assert_denoises(teacher: Any, network: IdealNetwork, problem: Any, generator
     torch.testing.assert_close(denoised, problem.denoise(x, sigmas), rtol=0, atol=1e-5)
 
 
-# D against the truth --------------------------------------------------------------------------------------------------
+# D against the truth -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -161,7 +161,7 @@ def test_mixture_denoiser_is_the_score_of_its_density() -> None:
     torch.testing.assert_close(problem.denoise(x, sigma), (x + sigma**2 * score).detach())
 
 
-# Boundary forms -------------------------------------------------------------------------------------------------------
+# Boundary forms ------------------------------------------------------------------------------------------------------
 
 
 def random_network(sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
@@ -183,9 +183,7 @@ def test_boundary_is_the_identity_at_sigma_min(
 
 
 @pytest.mark.parametrize(("family", "form"), [("vp", "lcm"), ("vp", "edm"), ("edm", "edm"), ("consistency", "edm")])
-def test_boundary_is_the_identity_for_any_sigma_data(
-    family: str, form: str, generator: torch.Generator
-) -> None:
+def test_boundary_is_the_identity_for_any_sigma_data(family: str, form: str, generator: torch.Generator) -> None:
     x = torch.randn(2, 3, 4, 4, generator=generator)
     for sigma_data in np.random.default_rng(0).uniform(0.1, 1.5, 30).tolist():
         fields = {"family": family, "sigma_data": sigma_data, "sigma_min": 0.02, "sigma_max": 80.0}
@@ -237,9 +235,7 @@ def test_edm_boundary_is_the_papers_form_of_any_denoiser(name: str, generator: t
 
 @pytest.mark.parametrize("timestep", [0, 1, 19, 499, 999])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_lcm_boundary_is_the_stock_schedulers(
-    prediction_type: str, timestep: int, generator: torch.Generator
-) -> None:
+def test_lcm_boundary_is_the_stock_schedulers(prediction_type: str, timestep: int, generator: torch.Generator) -> None:
     stock = LCMScheduler(prediction_type=prediction_type)
     stock.set_timesteps(timesteps=[999, 499, 19, 1, 0])
     base = read_preconditioning(stock)
@@ -257,7 +253,7 @@ def test_lcm_boundary_is_the_stock_schedulers(
         torch.testing.assert_close(f, expected, rtol=1e-5, atol=1e-5)
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
+# Time ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", VP_TEACHERS)
@@ -324,7 +320,7 @@ def test_time_of_continuous_families(base: Preconditioning, sigma: float, time: 
     assert float(base.sigma_from_c_noise(torch.tensor(time, dtype=torch.float64))) == pytest.approx(sigma)
 
 
-# Networks -------------------------------------------------------------------------------------------------------------
+# Networks ------------------------------------------------------------------------------------------------------------
 
 
 def test_predicted_variance_is_dropped(generator: torch.Generator) -> None:
@@ -382,7 +378,7 @@ def test_guided_denoiser_extrapolates_from_the_null_class(scale: float, generato
     torch.testing.assert_close(guided, with_null + scale * (with_label - with_null), rtol=1e-5, atol=1e-5)
 
 
-# Reading schedulers ---------------------------------------------------------------------------------------------------
+# Reading schedulers --------------------------------------------------------------------------------------------------
 
 
 def stock_scheduler(name: str, **config: Any) -> Any:
@@ -477,6 +473,13 @@ def test_inverted_flow_is_refused() -> None:
 def test_unknown_family_names_what_is_known() -> None:
     with pytest.raises(ValueError, match="vp, edm, consistency, flow, ve, got 'gan'"):
         preconditioning_from_config({"family": "gan", "sigma_min": 0.002, "sigma_max": 80.0})
+
+
+@pytest.mark.parametrize(("family", "prediction_type"), [("vp", "noise"), ("edm", "sample"), ("edm", "noise")])
+def test_prediction_type_that_a_family_lacks_is_refused(family: str, prediction_type: str) -> None:
+    fields = {"family": family, "prediction_type": prediction_type, "sigma_min": 0.002, "sigma_max": 80.0}
+    with pytest.raises(ValueError, match=f"'{family}' has `prediction_type='{prediction_type}'"):
+        preconditioning_from_config(fields)
 
 
 def test_something_else_than_a_scheduler_is_a_type_error() -> None:

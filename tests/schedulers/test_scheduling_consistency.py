@@ -45,12 +45,15 @@ def scheduler(request: pytest.FixtureRequest) -> ConsistencyScheduler:
 
 
 def network(sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False, **_: Any) -> tuple[torch.Tensor]:
-    """Some function of both arguments, of order one."""
-    return (torch.sin(3 * sample) * torch.cos(timestep / 300).view(-1, *[1] * (sample.ndim - 1)),)
+    """Some function of both arguments, of order one. UNets embed the time in float32, too."""
+    return (torch.sin(3 * sample) * torch.cos(timestep.float() / 300).view(-1, *[1] * (sample.ndim - 1)),)
 
 
 def sample_with(
-    scheduler: ConsistencyScheduler, latents: torch.Tensor, generator: torch.Generator, dtype: torch.dtype | None = None
+    scheduler: ConsistencyScheduler,
+    latents: torch.Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The sampling loop of any diffusers pipeline."""
     sample = (latents * scheduler.init_noise_sigma).to(dtype)
@@ -65,7 +68,7 @@ def latents() -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-# Saving and loading ---------------------------------------------------------------------------------------------------
+# Saving and loading --------------------------------------------------------------------------------------------------
 
 
 def test_saved_config_loads_to_the_same_scheduler(scheduler: ConsistencyScheduler, tmp_path: Path) -> None:
@@ -78,9 +81,7 @@ def test_saved_config_loads_to_the_same_scheduler(scheduler: ConsistencySchedule
     assert plain(loaded.config) == plain(scheduler.config)
 
 
-def test_saved_scheduler_steps_alike(
-    scheduler: ConsistencyScheduler, tmp_path: Path, latents: torch.Tensor
-) -> None:
+def test_saved_scheduler_steps_alike(scheduler: ConsistencyScheduler, tmp_path: Path, latents: torch.Tensor) -> None:
     scheduler.save_pretrained(tmp_path)
     loaded = ConsistencyScheduler.from_pretrained(tmp_path)
     samples = []
@@ -126,7 +127,7 @@ def test_consistency_network_on_other_image_values_is_saved_under_our_name(tmp_p
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "ConsistencyScheduler"
 
 
-# The contract of diffusers' schedulers --------------------------------------------------------------------------------
+# The contract of diffusers' schedulers -------------------------------------------------------------------------------
 
 
 def test_step_keeps_shape_and_dtype(scheduler: ConsistencyScheduler, latents: torch.Tensor) -> None:
@@ -218,7 +219,7 @@ def test_add_noise_takes_timesteps_off_the_schedule() -> None:
 
 @pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("vp")])
 def test_timesteps_lie_in_the_trained_range(name: str) -> None:
-    scheduler = ConsistencyScheduler.from_teacher(TEACHERS[name], sigma_min=None)
+    scheduler = ConsistencyScheduler.from_teacher(TEACHERS[name])
     scheduler.set_timesteps(50)
     assert scheduler.timesteps.min() >= 0
     assert scheduler.timesteps.max() <= 999
@@ -256,7 +257,7 @@ def test_scale_model_input_of_the_consistency_family_is_the_stock_schedulers(lat
     assert torch.equal(ours.scale_model_input(latents, t), stock.scale_model_input(latents, t))
 
 
-# Schedules ------------------------------------------------------------------------------------------------------------
+# Schedules -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 18, 40])
@@ -356,7 +357,7 @@ def test_impossible_boundaries_are_refused_at_once(fields: dict[str, Any]) -> No
         ConsistencyScheduler(**fields)
 
 
-# Stored schedules -----------------------------------------------------------------------------------------------------
+# Stored schedules ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["2", 2])
@@ -403,7 +404,7 @@ def test_bad_stored_levels_are_refused(stored: dict[str, list[float]], message: 
         ConsistencyScheduler(few_step_sigmas=stored)
 
 
-# Steps ----------------------------------------------------------------------------------------------------------------
+# Steps ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -485,7 +486,7 @@ def test_sampling_a_consistency_network_is_bit_identical_to_stock(steps: int, la
     assert torch.equal(*samples)
 
 
-# From a teacher -------------------------------------------------------------------------------------------------------
+# From a teacher ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -535,7 +536,7 @@ def test_unsupported_teacher_is_refused() -> None:
         ConsistencyScheduler.from_teacher(UnCLIPScheduler())
 
 
-# In stock pipelines ---------------------------------------------------------------------------------------------------
+# In stock pipelines --------------------------------------------------------------------------------------------------
 
 
 def test_stable_diffusion_pipeline_samples_the_consistency_function() -> None:
@@ -550,13 +551,17 @@ def test_stable_diffusion_pipeline_samples_the_consistency_function() -> None:
         attention_head_dim=4,
         norm_num_groups=4,
     ).eval()
-    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, **two_blocks()).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+    ).eval()
     teacher = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler = ConsistencyScheduler.from_teacher(teacher, clip_denoised=False)
     parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts
-    )
+    pipe = StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts)
     pipe.set_progress_bar_config(disable=True)
     prompt = torch.randn(1, 5, 8)
     generator = torch.Generator().manual_seed(3)
@@ -572,10 +577,6 @@ def test_stable_diffusion_pipeline_samples_the_consistency_function() -> None:
         x = x + (second**2 - scheduler.config.sigma_min**2) ** 0.5 * noise
         x = f(x, second, encoder_hidden_states=prompt)
     torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-4)
-
-
-def two_blocks() -> dict[str, Any]:
-    return {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
 @pytest.mark.parametrize("name", ["vp-epsilon", "edm", "flow", "consistency"])
