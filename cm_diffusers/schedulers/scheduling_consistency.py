@@ -197,7 +197,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def _spread(self, steps: Any) -> np.ndarray:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
-        stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(steps)
+        stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(int(steps))
         if stored is not None:
             return np.array(stored, dtype=np.float64)
         length = self.config.num_train_timesteps

@@ -185,11 +185,10 @@ class ConsistencyTrainer:
         conversion_steps = self._conversion_steps()
         phases = []
         if conversion_steps:
-            sigma_min, sigma_max = scheduler.config.sigma_min, scheduler.config.sigma_max
             unguided = self.teacher.denoiser  # type: ignore[union-attr]
-            conversion = ConversionObjective(
-                Denoiser(self.student, scheduler.preconditioning), unguided, sigma_min, sigma_max
-            )
+            own = Denoiser(self.student, scheduler.preconditioning)
+            levels = self.levels
+            conversion = ConversionObjective(own, unguided, levels.sigma_min, levels.sigma_max, levels.rho)
             rate = config.conversion_learning_rate
             phases.append(Phase("conversion", conversion, 0, conversion_steps, rate, "cosine", conversion_steps // 20))
         phases.append(

@@ -1,6 +1,6 @@
 """One-step sampling by the pipeline, over one bare forward pass and over stock ConsistencyModelPipeline.
 
-    python examples/benchmarks/sampling.py [--batch_size 64] [--size 32] [--channels 64] [--rounds 20]
+python examples/benchmarks/sampling.py [--batch_size 64] [--size 32] [--channels 64] [--rounds 20]
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def main() -> None:
             unet(noise, timestep, return_dict=False)
 
     seconds = median_seconds(
-        {"forward": bare, "ours": lambda: ours(**arguments), "stock": lambda: stock(**arguments)}, options.rounds, device
+        {"forward": bare, "ours": lambda: ours(**arguments), "stock": lambda: stock(**arguments)},
+        options.rounds,
+        device,
     )
-    print(f"one step, batch {options.batch_size}, {options.size} x {options.size}, {device}, {torch.get_num_threads()} threads")
+    print(
+        f"one step, batch {options.batch_size}, {options.size} x {options.size}, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"pipeline {seconds['ours'] * 1000:.2f} ms, forward {seconds['forward'] * 1000:.2f} ms")
     print(f"pipeline / bare forward:      {seconds['ours'] / seconds['forward']:.3f}")
     print(f"pipeline / stock pipeline:    {seconds['ours'] / seconds['stock']:.3f}")

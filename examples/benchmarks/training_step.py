@@ -73,7 +73,10 @@ def measure(trainer: ConsistencyTrainer, options: argparse.Namespace) -> None:
         trainer.optimizer.zero_grad()
 
     seconds = median_seconds({"step": step, "parts": parts}, options.rounds, device)
-    print(f"cd step, Heun, batch {options.batch_size}, {options.size} x {options.size}, {device}, {torch.get_num_threads()} threads")
+    print(
+        f"cd step, Heun, batch {options.batch_size}, {options.size} x {options.size}, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"step {seconds['step'] * 1000:.1f} ms, its parts {seconds['parts'] * 1000:.1f} ms")
     print(f"step / sum of parts: {seconds['step'] / seconds['parts']:.3f}")
     print(f"peak memory: {peak_memory(device)}")

@@ -77,7 +77,12 @@ def test_yaml_round_trip(tmp_path):
 def test_yaml_scientific_notation_without_a_point_is_a_number(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nmixed_precision: no\nema_rampup: null\n")
     config = ConsistencyConfig.from_yaml(tmp_path / "c.yaml", batch_size="8")
-    assert (config.learning_rate, config.mixed_precision, config.ema_rampup, config.batch_size) == (1e-5, "no", None, 8)
+    assert (config.learning_rate, config.mixed_precision, config.ema_rampup, config.batch_size) == (
+        1e-5,
+        "no",
+        None,
+        8,
+    )
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']"])

@@ -79,7 +79,9 @@ class TestLPIPS:
     def test_value_range_is_taken_into_account(self, build):
         distance = build(value_range=(0.0, 1.0))
         x, y = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
-        expected = distance.network(*(torch.nn.functional.interpolate(i * 2 - 1, (224, 224), mode="bilinear") for i in (x, y)))
+        expected = distance.network(
+            *(torch.nn.functional.interpolate(i * 2 - 1, (224, 224), mode="bilinear") for i in (x, y))
+        )
         torch.testing.assert_close(distance(x, y), expected.flatten())
 
     def test_other_numbers_of_channels_are_refused(self, build):

@@ -20,13 +20,13 @@ from cm_diffusers.training.solvers import Denoise, expand
 class ConversionObjective:
     """Regression of the student's D on the teacher's, in the units of the student's own output.
 
-    The weight `1 / c_out^2` makes it a plain regression of F. Noise levels are uniform in ln sigma, with extra mass at
-    `sigma_max`, from where one-step samples start.
+    The weight `1 / c_out^2` makes it a plain regression of F. Noise levels have the density of the Karras grid, with
+    extra mass at `sigma_max`, from where one-step samples start.
 
     Args:
         student ([`~cm_diffusers.preconditioning.Denoiser`]): D of the student, with gradient.
         teacher (`Callable`): D of the teacher.
-        sigma_min, sigma_max (`float`): the range.
+        sigma_min, sigma_max, rho (`float`): the Karras schedule.
         extra (`float`): the part of the batch at `sigma_max`.
     """
 
@@ -34,11 +34,13 @@ class ConversionObjective:
     teacher: Denoise
     sigma_min: float
     sigma_max: float
+    rho: float = 7.0
     extra: float = 0.1
 
     def loss(self, images: Tensor, step: int, **conditioning: Any) -> Tensor:
-        position = torch.rand(len(images)) * (1 + self.extra)
-        sigma = (self.sigma_min * (self.sigma_max / self.sigma_min) ** position).clamp(max=self.sigma_max)
+        position = torch.rand(len(images)).mul(1 + self.extra).clamp(max=1)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigma = torch.lerp(torch.tensor(low), torch.tensor(high), position) ** self.rho
         sample = images + expand(sigma, images) * torch.randn_like(images)
         with torch.no_grad():
             denoised = self.teacher(sample, sigma, **conditioning)
