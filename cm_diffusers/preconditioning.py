@@ -393,7 +393,9 @@ def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"Scheduler {name!r} is not supported. Supported: {', '.join(sorted(SUPPORTED_SCHEDULERS))}.")
     if name == "ConsistencyScheduler":
         return {key: config[key] for key in NETWORK_FIELDS if key in config}
-    if name in FLOW_SCHEDULERS or config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
+    if config.get("use_flow_sigmas"):
+        _check_prediction_type(f"{name} with `use_flow_sigmas=True`", prediction_type, ("flow_prediction",))
+    if name in FLOW_SCHEDULERS or prediction_type == "flow_prediction":
         if config.get("invert_sigmas"):
             raise ValueError("Flow-matching schedulers with `invert_sigmas=True` are not supported.")
         return {"family": "flow", "num_train_timesteps": config.get("num_train_timesteps", 1000)}

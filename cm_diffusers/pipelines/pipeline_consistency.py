@@ -135,12 +135,12 @@ class ConsistencyPipeline(DiffusionPipeline):
         """
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, guidance_scale)
         device = self._execution_device
-        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
-        class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
-        conditioning = self._conditioning(class_labels, guidance_scale)
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None
         self.scheduler.set_timesteps(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas)
+        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+        class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
+        conditioning = self._conditioning(class_labels, guidance_scale)
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt = False
 

@@ -20,7 +20,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cm_diffusers.noise_levels import karras_sigmas
-from cm_diffusers.preconditioning import Boundary, Preconditioning, describe_network, preconditioning_from_config
+from cm_diffusers.preconditioning import (
+    SUPPORTED_SCHEDULERS,
+    Boundary,
+    Preconditioning,
+    describe_network,
+    preconditioning_from_config,
+)
 
 STOCK_CLASS = "CMStochasticIterativeScheduler"
 STOCK_FIELDS = {"num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho", "clip_denoised"}
@@ -96,6 +102,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
+        if not (sigma_data > 0 and rho > 0 and num_train_timesteps > 0 and image_range[0] < image_range[1]):
+            raise ValueError(
+                "`sigma_data`, `rho` and `num_train_timesteps` must be positive and `image_range` ascending, got "
+                f"{sigma_data}, {rho}, {num_train_timesteps} and {list(image_range)}."
+            )
         for steps, levels in (few_step_sigmas or {}).items():
             if int(steps) != len(levels):
                 raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
@@ -117,6 +128,14 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """The consistency function's scalings."""
         config = self.config
         return Boundary(self.preconditioning, config.boundary, config.sigma_min, config.timestep_scaling)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As everywhere in diffusers, but the scheduler of a diffusion model is refused: it describes no student."""
+        name = config.get("_class_name") if hasattr(config, "get") else None
+        if isinstance(name, str) and name in SUPPORTED_SCHEDULERS - {cls.__name__, STOCK_CLASS}:
+            raise ValueError(f"The config is a {name}'s. A student's scheduler is made by `from_teacher(scheduler)`.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_teacher(cls, scheduler: SchedulerMixin, **overrides: Any) -> ConsistencyScheduler:
@@ -185,6 +204,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
         if len(given) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        stock_start = timesteps is not None and self.config.family in GRID_FAMILIES
         if sigmas is not None:
             levels = np.array(self._check_sigmas(sigmas, "sigmas"), dtype=np.float64)
         elif timesteps is not None:
@@ -192,6 +212,9 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         else:
             levels = self._spread(num_inference_steps)
         self.num_inference_steps = len(levels)
+        # Sampling may start below sigma_max; diffusers' own class starts from sigma_max whatever its indices say.
+        starts_lower = not stock_start and levels[0] < self.config.sigma_max * (1 - 1e-6)
+        self.init_noise_sigma = float(levels[0]) if starts_lower else self.config.sigma_max
         self._set_schedule(levels, device)
 
     def _spread(self, steps: Any) -> np.ndarray:

@@ -1,15 +1,19 @@
-"""Images for training: from a `datasets` dataset, a folder, the Hub, or tensors, to batches in the model's range."""
+"""Images for training: from a `datasets` dataset, a folder, the Hub, or tensors, to batches in the network's range."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-import io
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +22,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 logger = logging.getLogger(__name__)
 
-IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "webp")
+IMAGE_COLUMNS = ("images", "image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("class_labels", "label", "labels")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Decoded images are kept in memory when all of them fit in so many bytes: small images cost more to decode than to
-# train on.
-CACHE_BYTES = 256 * 2**20
+FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+# Decoded images are kept, in each worker, when all of them fit in so many bytes: small images cost more to decode
+# than to train on.
+CACHE_BYTES = 64 * 2**20
+# So many bad images in a row are not a few corrupt files but a disk that is gone, or the wrong column.
+MOST_BAD_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
@@ -45,95 +52,127 @@ class ImageSpec:
     center_crop: bool = True
     random_flip: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"`value_range` must be (low, high) with low < high, got {self.value_range}.")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message names it."""
+    """An image that cannot be read, or is not finite; the message names it. `on_bad_image="skip"` passes over it."""
 
 
 # Loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_image_dataset(path: str, name: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+def load_image_dataset(
+    path: str, *, name: str | None = None, split: str = "train", streaming: bool = False, data_files: Any = None
+) -> Any:
     """A dataset of `datasets`.
 
     Args:
-        path (`str`): a Hub id; a folder of images (with a folder per class, or `metadata.jsonl`), of parquet files, or
-            written by `save_to_disk`; or one parquet, arrow or json file.
+        path (`str`): a Hub id; a folder of images (with a folder per class, or `metadata.jsonl`), of parquet, arrow or
+            json files, or written by `save_to_disk`; or one parquet, arrow or json file.
         name (`str`, *optional*): configuration of the dataset.
-        split (`str`): the split.
+        split (`str`): the split. A folder that holds one saved `Dataset` has no others.
         streaming (`bool`): read it as it comes.
+        data_files (`str`, `list` or `dict`, *optional*): which files to read, as for `datasets.load_dataset`.
 
     Raises:
-        `ValueError`: if it cannot be loaded, saying why.
+        `ValueError`: if it cannot be found or loaded, saying what was tried, or if the split is empty.
     """
     import datasets
 
-    place = Path(path)
+    place = Path(path).expanduser()
+    saved = (place / "state.json").exists() or (place / "dataset_dict.json").exists()
+    options: dict[str, Any] = {"name": name, "split": split, "streaming": streaming, "data_files": data_files}
+    if place.is_file():
+        if place.suffix not in FILE_KINDS:
+            raise ValueError(f"The dataset {path!r} is a file of none of the kinds {', '.join(FILE_KINDS)}.")
+        taken_as, path = f"a file of kind {FILE_KINDS[place.suffix]}", FILE_KINDS[place.suffix]
+        options |= {"name": None, "data_files": str(place)}
+    elif place.is_dir():
+        taken_as, path = "a folder" + " written by `save_to_disk`" * saved, str(place)
+    elif data_files is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+        raise ValueError(f"The dataset {path!r} is no file or folder here, and cannot be a Hub id.")
+    else:
+        taken_as = "a dataset of the Hub, as no file or folder has this name"
     try:
-        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(path)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        if place.is_file():
-            kind = {".jsonl": "json", ".arrow": "arrow", ".json": "json"}.get(place.suffix, "parquet")
-            return datasets.load_dataset(kind, data_files=str(place), split=split, streaming=streaming)
-        if place.is_dir() and not any(place.rglob("*.parquet")):
-            return datasets.load_dataset("imagefolder", name, data_dir=path, split=split, streaming=streaming)
-        return datasets.load_dataset(path, name, split=split, streaming=streaming)
+        dataset = _load_saved(place, split, streaming) if saved else datasets.load_dataset(path, **options)
     except Exception as error:  # datasets raises some thirty kinds
-        raise ValueError(f"Cannot load the split {split!r} of the dataset {path!r}: {error}") from error
+        message = f"Cannot load the split {split!r} of the dataset {str(place)!r} ({taken_as}): {error}"
+        raise ValueError(message) from error
+    if not streaming and len(dataset) == 0:
+        raise ValueError(f"The split {split!r} of the dataset {str(place)!r} is empty.")
+    return dataset
+
+
+def _load_saved(place: Path, split: str, streaming: bool) -> Any:
+    import datasets
+
+    saved = datasets.load_from_disk(str(place))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"it has the splits {', '.join(saved)}.")
+        saved = saved[split]
+    return saved.to_iterable_dataset() if streaming else saved
 
 
 def prepare_dataset(
     dataset: Any,
     spec: ImageSpec,
+    *,
     image_column: str | None = None,
     label_column: str | None = None,
-    on_bad_image: str = "error",
+    on_bad_image: Literal["error", "skip"] = "error",
     num_classes: int | None = None,
 ) -> Dataset[dict[str, Tensor]]:
     """A torch dataset of `{"images": (channels, height, width), "class_labels": ()}`, checked on its first item.
 
     Args:
         dataset: a dataset of `datasets` (streaming or not), a tensor of shape `(n, channels, height, width)` in the
-            model's range, or a torch dataset of such images, of `(image, label)` or of dicts.
+            network's range, or a torch dataset of such images or PIL images, of `(image, label)` or of dicts.
         spec ([`ImageSpec`]): what the network takes.
         image_column (`str`, *optional*): found by itself when there is one candidate.
-        label_column (`str`, *optional*): class labels; needed for class-conditional networks.
-        on_bad_image (`str`): `"error"` stops at an image that cannot be read, naming it; `"skip"` warns and goes on
-            with the next.
-        num_classes (`int`, *optional*): of a class-conditional network.
+        label_column (`str`, *optional*): class labels, whole numbers. Columns need it; torch datasets show theirs.
+        on_bad_image (`str`): what an image does that cannot be read or is not finite. `"error"` stops, naming it;
+            `"skip"` warns, once, and takes the next good one in its place (in a stream, leaves it out).
+        num_classes (`int`, *optional*): of a class-conditional network, which needs a label below it for every image.
 
     Raises:
         `TypeError`: if `dataset` is none of these.
-        `ValueError`: if it is empty, a column is missing, or its first image or label does not fit.
+        `ValueError`: if it is empty, a column is missing, a label of a column is out of range, or its first image or
+            label does not fit.
     """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
     if isinstance(dataset, Tensor):
         if dataset.ndim != 4:
             raise ValueError(f"A tensor of images must be (n, channels, height, width), got {tuple(dataset.shape)}.")
         dataset = TensorDataset(dataset)
-    is_column_data = hasattr(dataset, "column_names")
+    # A dataset with a transform of the user's gives what the transform makes, whatever its columns are.
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+    is_column_data = hasattr(dataset, "column_names") and not transformed
     streamed = isinstance(dataset, IterableDataset) or (is_column_data and not hasattr(dataset, "__len__"))
     if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(f"`train_dataset` must be a dataset or a tensor, got {type(dataset).__name__}.")
+        raise TypeError(f"`dataset` must be a dataset or a tensor of images, got {type(dataset).__name__}.")
     if not streamed and len(dataset) == 0:
         raise ValueError("The dataset is empty.")
     if is_column_data:
         dataset, image_column, label_column = _select_columns(dataset, image_column, label_column, num_classes)
-    reader = ItemReader(spec, image_column, label_column, num_classes)
-    if streamed:
-        prepared: Any = StreamedImages(dataset, reader, on_bad_image == "skip")
-        first = next(iter(prepared), None)
-    else:
-        prepared = MappedImages(dataset, reader, on_bad_image == "skip")
-        first = prepared[0]
-    if first is None:
-        raise ValueError("The dataset is empty, or holds no image that can be read.")
-    result: Dataset[dict[str, Tensor]] = prepared
-    return result
+        if not streamed and label_column is not None and num_classes is not None:
+            _check_label_column(dataset, label_column, num_classes)
+    transform = ImageTransform(spec, image_column, label_column, num_classes)
+    make: Any = StreamedImages if streamed else MappedImages
+    prepared: Dataset[dict[str, Tensor]] = make(dataset, transform, skip_bad=on_bad_image == "skip")
+    prepared.check_first()  # type: ignore[attr-defined]
+    return prepared
 
 
 def _select_columns(
@@ -144,6 +183,8 @@ def _select_columns(
 
     features = dataset.features or {}
     names = list(dataset.column_names or features or next(iter(dataset), {}))
+    if not names:
+        raise ValueError("The dataset is empty.")
     if image_column is None:
         image_column = _find_image_column(names, features)
     for role, column in (("image", image_column), ("label", label_column)):
@@ -153,6 +194,7 @@ def _select_columns(
             raise ValueError(f"The dataset has no {role} column {column!r}; it has {', '.join(names)}.{hint}")
     if num_classes is not None and label_column is None:
         raise ValueError(f"The network is class-conditional: set `label_column` to one of {', '.join(names)}.")
+    dataset = dataset.with_format(None)
     if isinstance(features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     columns = [image_column] + ([label_column] if label_column is not None else [])
@@ -170,108 +212,170 @@ def _find_image_column(names: Sequence[str], features: Any) -> str:
     return candidates[0]
 
 
+def _check_label_column(dataset: Any, column: str, num_classes: int) -> None:
+    """Labels are cheap to read: one that is out of range is found now, not hours into training."""
+    for row, label in enumerate(dataset.select_columns([column])[:][column]):
+        check_label(label, num_classes, f"row {row}, column {column!r}")
+
+
+def check_label(label: Any, num_classes: int | None, name: str) -> int:
+    """`label`, which belongs to the item called `name`, as an `int`.
+
+    Raises:
+        `ValueError`: if it is not a whole number, or not in `[0, num_classes)`.
+    """
+    try:
+        value = operator.index(label)
+    except (TypeError, ValueError, RuntimeError):
+        hint = " `dataset.class_encode_column` numbers a column of names." if isinstance(label, str) else ""
+        raise ValueError(f"The label of {name} must be a whole number, got {label!r}.{hint}") from None
+    if value < 0 or (num_classes is not None and value >= num_classes):
+        known = "0 and more" if num_classes is None else f"0 to {num_classes - 1}"
+        raise ValueError(f"The label of {name} is {value}; the network knows {known}.")
+    return value
+
+
 # One item --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ItemReader:
-    """Turns an item of any dataset into tensors."""
+class ImageTransform:
+    """Turns an item of any dataset into `{"images": (channels, height, width), "class_labels": ()}`."""
 
     spec: ImageSpec
-    image_column: str | None
-    label_column: str | None
-    num_classes: int | None
+    image_column: str | None = None
+    label_column: str | None = None
+    num_classes: int | None = None
 
-    def read(self, item: Any, name: str) -> dict[str, Tensor]:
-        """The item called `name` as `{"images": ..., "class_labels": ...}`, before random crops and flips.
+    def __call__(self, example: Any, rng: torch.Generator | None = None, name: str = "the item") -> dict[str, Tensor]:
+        """The item called `name`, cropped and flipped by `rng`, or by torch's global generator."""
+        return self.augment(self.read(example, name), rng)
+
+    def read(self, example: Any, name: str) -> dict[str, Tensor]:
+        """The item before random crops and flips.
 
         Raises:
-            `BadImage`: if its image cannot be read.
-            `ValueError`: if its label does not fit.
+            `BadImage`: if its image cannot be read or is not finite.
+            `ValueError`: if its image or label does not fit the network.
         """
-        image, label = self._split(item)
-        result = {"images": self._image(image, name)}
-        if self.num_classes is not None:
-            result["class_labels"] = self._label(label, name)
+        image, label = self._split(example, name)
+        result = {"images": self._image(image, f"{name}, column {self.image_column!r}" if self.image_column else name)}
+        needed = self.num_classes is not None or self.label_column is not None
+        if needed and label is None:
+            raise ValueError(f"Every image needs a class label, but {name} has none.")
+        # What an unconditional network's dataset holds beside the image may be anything, and is then left out.
+        if needed or isinstance(label, int | np.integer) or _is_whole_tensor(label):
+            result["class_labels"] = torch.tensor(check_label(label, self.num_classes, name))
         return result
 
-    def _split(self, item: Any) -> tuple[Any, Any]:
-        if isinstance(item, dict):
-            image_column = self.image_column or next((c for c in IMAGE_COLUMNS if c in item), None)
-            label_column = self.label_column or next((c for c in LABEL_COLUMNS if c in item), None)
-            if image_column is None:
-                raise ValueError(f"Items must hold one of {', '.join(IMAGE_COLUMNS)}; they hold {', '.join(item)}.")
-            return item[image_column], None if label_column is None else item[label_column]
-        if isinstance(item, tuple | list):
-            return item[0], item[1] if len(item) > 1 else None
-        return item, None
+    def augment(self, item: dict[str, Tensor], rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Random crop and flip."""
+        image, spec = item["images"], self.spec
+        height, width = image.shape[-2:]
+        if (height, width) != (spec.height, spec.width):
+            top = int(torch.randint(height - spec.height + 1, (), generator=rng))
+            left = int(torch.randint(width - spec.width + 1, (), generator=rng))
+            image = image[:, top : top + spec.height, left : left + spec.width]
+        if spec.random_flip and torch.rand((), generator=rng) < 0.5:
+            image = image.flip(-1)
+        return item | {"images": image.contiguous()}
 
-    def _label(self, label: Any, name: str) -> Tensor:
-        if label is None:
-            raise ValueError(f"The network is class-conditional, but {name} has no label.")
-        if not 0 <= int(label) < (self.num_classes or 0):
-            raise ValueError(
-                f"The label of {name} is {int(label)}; the network knows 0 to {(self.num_classes or 0) - 1}."
-            )
-        return torch.tensor(int(label))
+    def _split(self, example: Any, name: str) -> tuple[Any, Any]:
+        if isinstance(example, Mapping):
+            image_column = self.image_column or next((c for c in IMAGE_COLUMNS if c in example), None)
+            label_column = self.label_column or next((c for c in LABEL_COLUMNS if c in example), None)
+            if image_column is None or image_column not in example:
+                allowed = self.image_column or "one of " + ", ".join(IMAGE_COLUMNS)
+                raise ValueError(f"Items must hold {allowed}, but {name} holds {', '.join(map(str, example))}.")
+            return example[image_column], example.get(label_column)
+        if isinstance(example, tuple | list):
+            return example[0], example[1] if len(example) > 1 else None
+        return example, None
 
     def _image(self, image: Any, name: str) -> Tensor:
-        if isinstance(image, Tensor):
-            if tuple(image.shape) != self.spec.shape:
-                raise BadImage(
-                    f"Image {name} has the shape {tuple(image.shape)}; the network takes {self.spec.shape}."
-                )
-            tensor = image.float()
-        else:
-            tensor = picture_to_tensor(_open(image, name), self.spec, name)
-        if not torch.isfinite(tensor).all():
-            raise BadImage(f"Image {name} holds values that are not finite.")
-        return tensor
+        if not isinstance(image, Tensor):
+            return picture_to_tensor(_open(image, name), self.spec, name)
+        if tuple(image.shape) != self.spec.shape:
+            raise ValueError(f"The image of {name} has the shape {tuple(image.shape)}; expected {self.spec.shape}.")
+        if not image.is_floating_point():
+            raise ValueError(f"The image of {name} is of {image.dtype}; expected floats in {self.spec.value_range}.")
+        if not torch.isfinite(image).all():
+            raise BadImage(f"The image of {name} holds values that are not finite.")
+        return image.float()
+
+
+def _is_whole_tensor(label: Any) -> bool:
+    return isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
 
 
 def _open(image: Any, name: str) -> Any:
-    """A PIL image from what `datasets` stores (bytes and path), an array or a PIL image."""
-    from PIL import Image, UnidentifiedImageError
+    """A PIL image with 8 bits a channel, from what `datasets` stores (bytes and path), a path, an array or a picture.
 
+    Raises:
+        `BadImage`: if it cannot be read.
+        `ValueError`: if it is an array of anything but 0 to 255.
+    """
+    from PIL import Image
+
+    if isinstance(image, list | np.ndarray):
+        array = np.asarray(image)
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+            raise ValueError(f"The image of {name} is an array of {array.dtype}; expected integers from 0 to 255.")
+        image = Image.fromarray(array.astype(np.uint8))
+    elif isinstance(image, bytes):
+        image = {"bytes": image, "path": None}
+    elif isinstance(image, str | Path):
+        image = {"bytes": None, "path": str(image)}
+    if isinstance(image, Mapping) and image.get("path"):
+        name = f"{name} ({image['path']})"
     try:
-        if isinstance(image, dict):
-            name = image.get("path") or name
-            image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
-        elif isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))
-        elif isinstance(image, str | Path):
-            image = Image.open(image)
-        elif isinstance(image, list | np.ndarray):
-            image = Image.fromarray(np.asarray(image, dtype=np.uint8))
-        image.load()
-        return image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise BadImage(f"Image {name} cannot be read: {error}") from error
+        if isinstance(image, Mapping):
+            import datasets  # knows how to open what is not on this machine
+
+            image = datasets.Image().decode_example(image)
+        return _to_eight_bits(image)
+    except Exception as error:  # corrupt files raise whatever the decoder of their format trips over
+        raise BadImage(f"The image of {name} cannot be read: {error}") from error
 
 
-def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "") -> Tensor:
-    """A PIL image in the network's colours and value range, its shorter side resized to fit; cropped if by the middle.
+def _to_eight_bits(picture: Any) -> Any:
+    """Decode, turn upright, and scale down what PIL would cut off at 255."""
+    from PIL import Image, ImageOps
+
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"it is a {type(picture).__name__}")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture, dtype=np.float64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its values lie outside the 16 bits from 0 to 65535")
+        return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("its values are floats in no known range")
+    return picture
+
+
+def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") -> Tensor:
+    """A PIL image in the network's colours and value range, just large enough to cover its size, cropped if centred.
 
     Args:
-        picture (`PIL.Image.Image`): of any mode; transparency is laid on white, rotation tags are followed.
+        picture (`PIL.Image.Image`): of any mode with 8 bits; transparency is laid on white unless the network has it.
         spec ([`ImageSpec`]): what the network takes.
         name (`str`): for messages.
 
     Returns:
         `Tensor` of shape `(channels, height, width)`, or larger if it is still to be cropped at random.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if spec.channels not in PIL_MODES:
-        raise BadImage(f"Image {name} is a picture; a network of {spec.channels} channels takes tensors.")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits and more: PIL would cut them off
-        array = np.asarray(picture, dtype=np.float32)
-        picture = Image.fromarray((array / (257 if array.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if spec.channels != 4 and (picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info):
+        raise ValueError(f"The image of {name} is a picture; a network of {spec.channels} channels takes tensors.")
+    if spec.channels != 4 and (picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     picture = picture.convert(PIL_MODES[spec.channels])
     scale = max(spec.width / picture.width, spec.height / picture.height)
+    if scale > 1:
+        _warn_of_enlarging(spec.height, spec.width)
     size = max(spec.width, round(picture.width * scale)), max(spec.height, round(picture.height * scale))
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
@@ -279,98 +383,142 @@ def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "") -> Tensor:
         left, top = (picture.width - spec.width) // 2, (picture.height - spec.height) // 2
         picture = picture.crop((left, top, left + spec.width, top + spec.height))
     low, high = spec.value_range
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(
-        picture.height, picture.width, spec.channels
-    )
-    return pixels.permute(2, 0, 1).contiguous() * ((high - low) / 255) + low
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(picture.height, picture.width, -1)
+    return pixels.permute(2, 0, 1).contiguous() / 255 * (high - low) + low
 
 
-def augment(image: Tensor, spec: ImageSpec) -> Tensor:
-    """Random crop and flip, by torch's global generator."""
-    height, width = image.shape[-2:]
-    if (height, width) != (spec.height, spec.width):
-        top = int(torch.randint(height - spec.height + 1, ()))
-        left = int(torch.randint(width - spec.width + 1, ()))
-        image = image[:, top : top + spec.height, left : left + spec.width]
-    if spec.random_flip and torch.rand(()) < 0.5:
-        image = image.flip(-1)
-    return image.contiguous()
+@functools.cache
+def _warn_of_enlarging(height: int, width: int) -> None:
+    logger.warning("Images smaller than %d x %d are enlarged. This is said once.", height, width)
 
 
 # Datasets --------------------------------------------------------------------------------------------------------
 
 
-class MappedImages(Dataset[dict[str, Tensor]]):
+class _Images:
+    """What both kinds of datasets share: reading one item, and what a bad one does."""
+
+    def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
+        self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
+        self._bad: set[int] = set()
+
+    def _read_or_skip(self, index: int, raw: Any, name: str) -> dict[str, Tensor] | None:
+        try:
+            return self.transform.read(raw, name)
+        except BadImage as error:
+            if not self.skip_bad:
+                raise
+            if index not in self._bad:
+                logger.warning("%s It is skipped.", error)
+            self._bad.add(index)
+            return None
+
+
+class MappedImages(_Images, Dataset[dict[str, Tensor]]):
     """A dataset with a length. A bad image is replaced by the next good one when it may be skipped."""
 
-    def __init__(self, dataset: Any, reader: ItemReader, skip_bad: bool) -> None:
-        self.dataset, self.reader, self.skip_bad = dataset, reader, skip_bad
-        fits = len(dataset) * math.prod(reader.spec.shape) * 4 <= CACHE_BYTES and reader.spec.center_crop
-        self._cache: dict[int, dict[str, Tensor]] | None = {} if fits else None
+    def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
+        super().__init__(dataset, transform, skip_bad)
+        fits = len(dataset) * math.prod(transform.spec.shape) * 4 <= CACHE_BYTES and transform.spec.center_crop
+        # Only columns are known to give the same image every time, and to need decoding.
+        self._cache: dict[int, dict[str, Tensor]] | None = {} if fits and hasattr(dataset, "column_names") else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        for offset in range(len(self)):
-            try:
-                item = self._read((index + offset) % len(self))
-            except BadImage as error:
-                if not self.skip_bad:
-                    raise
-                logger.warning("%s It is skipped.", error)
-            else:
-                return item | {"images": augment(item["images"], self.reader.spec)}
-        raise ValueError("The dataset holds no image that can be read.")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"The dataset has {len(self)} images; there is no row {index}.")
+        return self.transform.augment(self._next_good(index % len(self)))
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        if self._cache is None:
-            return self.reader.read(self.dataset[index], f"{index}")
-        if index not in self._cache:
-            self._cache[index] = self.reader.read(self.dataset[index], f"{index}")
-        return self._cache[index]
+    def check_first(self) -> None:
+        """Raise what the first image has against it."""
+        self._next_good(0)
+
+    def _next_good(self, index: int) -> dict[str, Tensor]:
+        tries = min(len(self), MOST_BAD_IN_A_ROW)
+        for row in range(index, index + tries):
+            if (item := self._read(row % len(self))) is not None:
+                return item
+        raise ValueError(f"None of the {tries} images from row {index} on can be read.")
+
+    def _read(self, row: int) -> dict[str, Tensor] | None:
+        if self._cache is not None and row in self._cache:
+            return self._cache[row]
+        item = None if row in self._bad else self._read_or_skip(row, self.dataset[row], f"row {row}")
+        if self._cache is not None and item is not None:
+            self._cache[row] = item
+        return item
 
 
-class StreamedImages(IterableDataset[dict[str, Tensor]]):
+class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
     """A dataset that comes one by one. Bad images are left out when they may be skipped."""
 
-    def __init__(self, dataset: Any, reader: ItemReader, skip_bad: bool) -> None:
-        self.dataset, self.reader, self.skip_bad = dataset, reader, skip_bad
+    def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
+        super().__init__(dataset, transform, skip_bad)
+        self._held: list[Any] = []
 
     def set_epoch(self, epoch: int) -> None:
         """Another order for another epoch, if the dataset has one."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def shuffled(self, seed: int, buffer_size: int) -> StreamedImages:
+        """The same images in another order, if this is a dataset of `datasets`; others keep the order they come in."""
+        result = copy.copy(self)
+        if hasattr(self.dataset, "column_names"):
+            result.dataset = self.dataset.shuffle(seed=seed, buffer_size=buffer_size)
+        return result
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index, raw in enumerate(self.dataset):
-            try:
-                item = self.reader.read(raw, f"{index} of the stream")
-            except BadImage as error:
-                if not self.skip_bad:
-                    raise
-                logger.warning("%s It is skipped.", error)
-                continue
-            yield item | {"images": augment(item["images"], self.reader.spec)}
+        held, self._held = self._held, []
+        for item in self._good(itertools.chain(held, self.dataset)):
+            yield self.transform.augment(item)
+
+    def check_first(self) -> None:
+        """Raise what the first image has against it. Nothing is lost, even of a stream that can be read only once."""
+        stream = iter(self.dataset)
+        taken: list[Any] = []
+        first = next(self._good(taken.append(raw) or raw for raw in stream), None)  # type: ignore[func-returns-value]
+        if first is None:
+            raise ValueError("The dataset is empty, or holds no image that can be read.")
+        if iter(self.dataset) is stream:
+            self._held = taken
+
+    def _good(self, stream: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+        in_a_row = 0
+        for index, raw in enumerate(stream):
+            item = self._read_or_skip(index, raw, f"item {index} of the stream")
+            in_a_row = in_a_row + 1 if item is None else 0
+            if in_a_row == MOST_BAD_IN_A_ROW:
+                raise ValueError(f"None of {in_a_row} images in a row, up to item {index} of the stream, can be read.")
+            if item is not None:
+                yield item
 
 
 def make_dataloader(
     dataset: Dataset[dict[str, Tensor]],
+    *,
     batch_size: int,
     shuffle: bool,
     num_workers: int = 0,
     seed: int = 0,
     drop_last: bool = True,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of a prepared dataset. The order depends on `seed` and on the epoch only.
+    """Batches of a prepared dataset. The order depends on `seed` and on how often the loader was iterated.
 
-    A streamed dataset is shuffled in a buffer of its own if it can be.
+    A stream of `datasets` is shuffled in a buffer, by `seed` and its `set_epoch`; another comes in its own order.
+
+    Raises:
+        `ValueError`: if the dataset is too small for a single batch.
     """
     if isinstance(dataset, StreamedImages):
-        if shuffle and hasattr(dataset.dataset, "shuffle"):
-            shuffled = dataset.dataset.shuffle(seed=seed, buffer_size=max(1000, 10 * batch_size))
-            dataset = StreamedImages(shuffled, dataset.reader, dataset.skip_bad)
+        if shuffle:
+            dataset = dataset.shuffled(seed, buffer_size=max(1000, 10 * batch_size))
         shuffle = False
+    elif drop_last and len(dataset) < batch_size:  # type: ignore[arg-type]
+        size = len(dataset)  # type: ignore[arg-type]
+        raise ValueError(f"The dataset's {size} images are fewer than one batch: `batch_size` is {batch_size}.")
     return DataLoader(
         dataset,
         batch_size=batch_size,

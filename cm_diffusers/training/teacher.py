@@ -63,7 +63,7 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
             f"{type(unet).__name__} takes text embeddings; only image and class-conditional UNets are supported."
         )
     if prediction_type is not None:
-        scheduler = type(scheduler).from_config({**scheduler.config, "prediction_type": prediction_type})
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     read_preconditioning(scheduler)
     return Teacher(unet.requires_grad_(False).eval(), scheduler, name)
 
@@ -92,6 +92,8 @@ def _load_pipeline(path: str, revision: str | None) -> Any:
 CHECKED_SIGMAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 # A wrong conditioning must be better by so much before it is believed.
 MARGIN = 0.97
+# The linear denoiser is the best there is for white noise as data; real images allow much less.
+MOST_EXCESS = 1.05
 FACTORS = (0.6, 0.75, 1.0, 1.35, 1.7)
 
 
@@ -177,7 +179,7 @@ def check_teacher(teacher: Teacher, images: Tensor, **conditioning: Any) -> Teac
     found = (
         f"The teacher {teacher.name} does not denoise these images as its scheduler's config says.\n{report.table()}\n"
     )
-    if not report.excess < 1:
+    if not report.excess < MOST_EXCESS:
         raise ValueError(found + _explain(teacher, images, **conditioning))
     if report.time_factor != 1.0:
         raise ValueError(
@@ -196,7 +198,7 @@ def _explain(teacher: Teacher, images: Tensor, **conditioning: Any) -> str:
             if other == base.prediction_type:
                 continue
             guess = VPPreconditioning(base.alphas_cumprod, other, base.sigma_data)
-            if measure_teacher(Denoiser(teacher.unet, guess), images, **conditioning).excess < 1:
+            if measure_teacher(Denoiser(teacher.unet, guess), images, **conditioning).excess < MOST_EXCESS:
                 return (
                     f"It does when read as `prediction_type={other!r}`; the config says {base.prediction_type!r}. "
                     f"Set `teacher_prediction_type={other!r}`."

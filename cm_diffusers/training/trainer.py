@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cm_diffusers.noise_levels import default_second_sigma
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import Denoiser, GuidedDenoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
@@ -122,18 +123,24 @@ class ConsistencyTrainer:
             raise ValueError(f"`method={self.config.method!r}` needs a `teacher`.")
         return None
 
-    def _make_student(self) -> tuple[nn.Module, ConsistencyScheduler]:
+    def _make_student(self) -> tuple[Any, ConsistencyScheduler]:
         config = self.config
         overrides = {name: getattr(config, name) for name in ("boundary", "sigma_min", "sigma_max", "few_step_sigmas")}
-        if self.teacher is None:
-            if config.unet_config is None:
-                raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
+        if self.teacher is not None:
+            convert = config.conversion_steps != 0
+            unet: Any
+            unet, scheduler = make_student(self.teacher.unet, self.teacher.scheduler, convert, **overrides)
+        elif config.unet_config is not None:
             unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
-            overrides = {name: value for name, value in overrides.items() if value is not None}
-            return unet, ConsistencyScheduler(**overrides)
-        return make_student(
-            self.teacher.unet, self.teacher.scheduler, convert=config.conversion_steps != 0, **overrides
-        )
+            scheduler = ConsistencyScheduler(**{name: value for name, value in overrides.items() if value is not None})
+        else:
+            raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
+        if config.few_step_sigmas is None:
+            high, low = scheduler.config.sigma_max, scheduler.config.sigma_min
+            second = default_second_sigma(_height(config.resolution or unet.config.sample_size or 64))
+            if low < second < high:
+                scheduler.register_to_config(few_step_sigmas={"2": [high, second]})
+        return unet, scheduler
 
     def _prepare_data(self, dataset: Any, unet: Any) -> Any:
         config = self.config
@@ -439,6 +446,10 @@ class ConsistencyTrainer:
                 differences.append(f"{name} was {state['config'].get(name)!r} and is {now[name]!r}")
         if differences:
             raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(differences)}.")
+
+
+def _height(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,0 +1,294 @@
+import json
+import logging
+
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from closed_form import Gaussian
+from conftest import build_unet
+
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
+from cm_diffusers.preconditioning import Denoiser
+
+IMAGES = Gaussian(std=0.3).draw((64, 3, 8, 8), torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_config(folder, **changes):
+    values = {
+        "distance": "pseudo_huber", "weighting": "inverse_gap", "num_levels": 6, "batch_size": 8, "max_train_steps": 4,
+        "conversion_steps": 2, "teacher_check": False, "output_dir": str(folder), "tracker": "none",
+        "sample_steps": 0, "checkpoint_steps": 0, "logging_steps": 1,
+    }  # fmt: skip
+    return ConsistencyConfig(**{**values, **changes})
+
+
+def make_trainer(folder, teacher=None, images=IMAGES, **changes):
+    teacher = teacher or (build_unet(), diffusers.DDPMScheduler())
+    return ConsistencyTrainer(make_config(folder, **changes), teacher=teacher, train_dataset=images)
+
+
+def weights(unet):
+    return torch.cat([p.detach().flatten() for p in unet.parameters()])
+
+
+SCHEDULERS = {
+    "epsilon": diffusers.DDPMScheduler(),
+    "v": diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    "sample": diffusers.DPMSolverMultistepScheduler(prediction_type="sample"),
+    "edm": diffusers.EDMEulerScheduler(),
+    "flow": diffusers.FlowMatchEulerDiscreteScheduler(),
+    "consistency": diffusers.CMStochasticIterativeScheduler(),
+}
+
+
+@pytest.mark.parametrize("family", SCHEDULERS)
+def test_every_family_trains_saves_loads_and_samples(family, tmp_path):
+    trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS[family]))
+    before = weights(trainer.unet).clone()
+    pipeline = trainer.train()
+    assert not torch.equal(weights(trainer.unet), before)
+    assert weights(trainer.unet).isfinite().all()
+    loaded = ConsistencyPipeline.from_pretrained(tmp_path)
+    assert torch.equal(weights(loaded.unet), weights(pipeline.unet))
+    assert loaded.scheduler.config.family == trainer.scheduler.config.family
+    for nfe in (1, 2):
+        images = loaded(batch_size=2, num_inference_steps=nfe, generator=torch.manual_seed(0), output_type="pt").images
+        assert images.shape == (2, 3, 8, 8)
+        assert images.isfinite().all()
+
+
+def test_student_of_an_edm_teacher_loads_in_stock_diffusers_with_the_same_images(tmp_path):
+    teacher = build_unet(num_class_embeds=4), diffusers.EDMDPMSolverMultistepScheduler()
+    data = [{"images": image, "label": i % 4} for i, image in enumerate(IMAGES)]
+    make_trainer(tmp_path, teacher, data, few_step_sigmas={2: [80.0, 1.0]}).train()
+    ours = ConsistencyPipeline.from_pretrained(tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.ConsistencyModelPipeline
+    assert ours.scheduler.config.few_step_sigmas == {"2": [80.0, 1.0]}
+    for arguments in ({"num_inference_steps": 1}, {"num_inference_steps": 4}, {"timesteps": [22, 0]}):
+        arguments = {"num_inference_steps": None, "batch_size": 3, "class_labels": [0, 3, 1], **arguments}
+        images = [p(generator=torch.manual_seed(0), output_type="np", **arguments).images for p in (ours, stock)]
+        assert (images[0] == images[1]).all()
+
+
+@pytest.mark.parametrize("boundary", ["edm", "euler", "lcm"])
+def test_scheduler_step_is_the_function_that_was_trained(boundary, tmp_path):
+    trainer = make_trainer(tmp_path, boundary=boundary)
+    pipeline = trainer.train()
+    f, scheduler = Denoiser(pipeline.unet, trainer.phases[-1].objective.student.preconditioning), pipeline.scheduler
+    grid = trainer.levels._grid(6)[0]
+    scheduler.set_timesteps(sigmas=grid.flip(0).tolist())
+    scheduler.register_to_config(clip_denoised=False)
+    for sigma, t in zip(grid.flip(0), scheduler.timesteps, strict=True):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * (1 + sigma)
+        with torch.no_grad():
+            output = pipeline.unet(scheduler.scale_model_input(x, t), t).sample
+            expected = f(x, sigma)
+        torch.testing.assert_close(scheduler.step(output, t, x).denoised, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_ct_trains_without_a_teacher(tmp_path):
+    unet_config = tmp_path / "unet"
+    build_unet().save_config(unet_config)
+    config = make_config(tmp_path / "out", method="ct", unet_config=str(unet_config), s1=10)
+    pipeline = ConsistencyTrainer(config, train_dataset=IMAGES).train()
+    assert pipeline.scheduler.is_stock
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distance": "l1"}, {"distance": "l2"}, {"solver": "euler"}, {"target": "student"}, {"mu": 0.0},
+        {"levels": "progressive", "s0": 2, "s1": 20, "mu_schedule": "progressive"},
+        {"levels": "doubling", "s0": 2, "s1": 8}, {"level_distribution": "lognormal"}, {"source": "data"},
+        {"weighting": "uniform"}, {"optimizer": "adamw"}, {"optimizer": "radam", "lr_schedule": "cosine"},
+        {"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": None},
+        {"random_flip": True}, {"conversion_steps": 0}, {"num_workers": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_choice_can_be_overridden(changes, tmp_path):
+    trainer = make_trainer(tmp_path, **changes)
+    before = weights(trainer.unet).clone()
+    trainer.train()
+    after = weights(trainer.unet)
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """The same images, noise and levels in one batch of 16 or two of 8 give the same gradient, up to rounding."""
+    gradients = []
+    for size in (16, 8):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accumulation = {"batch_size": size, "gradient_accumulation_steps": 16 // size}
+        trainer = make_trainer(tmp_path / str(size), conversion_steps=0, **accumulation)
+        trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
+        object.__setattr__(trainer.phases[-1].objective, "levels", _OneLevel())
+        batches = iter([(part, {}) for part in torch.stack([IMAGES[0]] * 16).split(size)])
+        noise = iter(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(size))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda images, noise=noise: next(noise))
+            trainer._optimise(trainer.phases[-1], batches)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.unet.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+class _OneLevel:
+    def draw(self, step, batch_size):
+        from cm_diffusers.noise_levels import LevelPair
+
+        return LevelPair(torch.full((batch_size,), 2.0), torch.full((batch_size,), 1.0))
+
+
+def test_guided_class_conditional_teacher(tmp_path):
+    unet = build_unet(num_class_embeds=5)
+    data = [(image, i % 4) for i, image in enumerate(IMAGES)]
+    trainer = make_trainer(
+        tmp_path, (unet, diffusers.DDPMScheduler()), data, guidance_scale=2.0, null_class_label=4, label_dropout=0.5
+    )
+    trainer.train()
+    loaded = ConsistencyPipeline.from_pretrained(tmp_path)
+    assert loaded.config.null_class_label == 4
+    assert len(loaded(batch_size=2, class_labels=[0, 1], guidance_scale=1.5).images) == 2
+
+
+def test_evaluation_weights_are_an_average_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, max_train_steps=8, learning_rate=1e-2, ema_half_life=1000, ema_rampup=None)
+    pipeline = trainer.train()
+    assert not torch.equal(weights(pipeline.unet), weights(trainer.unet))
+    assert not torch.equal(weights(pipeline.unet), weights(trainer.target_ema.network))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout):
+    teacher = build_unet(dropout=dropout), diffusers.DDPMScheduler()
+    settings = {"max_train_steps": 14, "checkpoint_steps": 5, "gradient_accumulation_steps": 2, "num_workers": 1}
+    whole = make_trainer(tmp_path / "whole", teacher, **settings)
+    whole.train()
+
+    class Stop(Exception):
+        pass
+
+    broken = make_trainer(tmp_path / "broken", teacher, **settings)
+    follow = broken._follow
+
+    def stop_at_seven(phase):
+        follow(phase)
+        if broken.step == 7:
+            raise Stop
+
+    broken._follow = stop_at_seven
+    with pytest.raises(Stop):
+        broken.train()
+    resumed = make_trainer(tmp_path / "broken", teacher, resume="auto", **settings)
+    resumed.train()
+    assert torch.equal(weights(resumed.unet), weights(whole.unet))
+    assert torch.equal(weights(resumed.ema.network), weights(whole.ema.network))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    settings = {"checkpoint_steps": 2, "checkpoint_limit": 5, "max_train_steps": 4}
+    make_trainer(tmp_path, **settings).train()
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    (newest / "ema.safetensors").write_bytes(b"")
+    resumed = make_trainer(tmp_path, resume="auto", **settings)
+    with caplog.at_level(logging.WARNING):
+        resumed._resume()
+    assert "ema.safetensors" in caplog.text
+    assert resumed.step == 4
+
+
+def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
+    make_trainer(tmp_path, checkpoint_steps=2).train()
+    with pytest.raises(ValueError, match="learning_rate was 0.0001 and is 0.5"):
+        make_trainer(tmp_path, checkpoint_steps=2, resume="auto", learning_rate=0.5).train()
+
+
+def test_non_finite_gradients_never_reach_the_weights(tmp_path):
+    trainer = make_trainer(tmp_path, max_train_steps=50, conversion_steps=0)
+    before = weights(trainer.unet).clone()
+    loss = trainer.phases[-1].objective.loss
+    object.__setattr__(trainer.phases[-1], "objective", _Poisoned(loss))
+    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+        trainer.train()
+    assert torch.equal(weights(trainer.unet), before)
+
+
+class _Poisoned:
+    def __init__(self, loss):
+        self._loss = loss
+
+    def loss(self, images, step, **conditioning):
+        return self._loss(images, step, **conditioning) * float("nan")
+
+
+def test_samples_and_numbers_are_tracked(tmp_path):
+    trainer = make_trainer(tmp_path, sample_steps=3, tracker="tensorboard", num_samples=4)
+    trainer.train()
+    assert (tmp_path / "samples" / "step-00000006-nfe-2.png").exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs" / "cm_diffusers"))
+    events.Reload()
+    tags = events.Tags()
+    expected = {f"cd/{name}" for name in ("loss", "grad_norm", "images_per_second", "lr", "num_levels", "mu")}
+    assert expected <= set(tags["scalars"])
+    assert {"samples/nfe_1", "samples/nfe_2"} <= set(tags["images"])
+
+
+def test_the_saved_student_describes_itself(tmp_path):
+    make_trainer(tmp_path, sigma_max=40.0, boundary="euler", few_step_sigmas={2: [40, 1]}).train()
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["family"], config["prediction_type"], config["sigma_max"]) == ("vp", "v_prediction", 40.0)
+    assert config["few_step_sigmas"] == {"2": [40.0, 1.0]}
+
+
+class TestRefusedBeforeTraining:
+    def refuse(self, tmp_path, message, error=ValueError, **arguments):
+        with pytest.raises(error, match=message):
+            make_trainer(tmp_path / "out", **arguments)
+
+    def test_range_outside_the_teachers(self, tmp_path):
+        self.refuse(tmp_path, "leaves the teacher's", sigma_max=500.0)
+
+    def test_too_few_images_for_a_batch(self, tmp_path):
+        self.refuse(tmp_path, "fewer than one batch", images=IMAGES[:4])
+
+    def test_nan_images(self, tmp_path):
+        self.refuse(tmp_path, "not finite", images=torch.full((8, 3, 8, 8), float("nan")))
+
+    def test_wrong_shape(self, tmp_path):
+        self.refuse(tmp_path, r"\(1, 8, 8\).*\(3, 8, 8\)", images=IMAGES[:, :1])
+
+    def test_no_images(self, tmp_path):
+        self.refuse(tmp_path, "empty", images=IMAGES[:0])
+
+    def test_no_teacher(self, tmp_path):
+        with pytest.raises(ValueError, match="needs a `teacher`"):
+            ConsistencyTrainer(make_config(tmp_path), train_dataset=IMAGES)
+
+    def test_no_dataset(self, tmp_path):
+        with pytest.raises(ValueError, match="needs a `dataset`"):
+            ConsistencyTrainer(make_config(tmp_path), teacher=(build_unet(), diffusers.DDPMScheduler()))
+
+    def test_class_conditional_without_labels(self, tmp_path):
+        teacher = build_unet(num_class_embeds=3), diffusers.DDPMScheduler()
+        self.refuse(tmp_path, "no label", teacher=teacher)
+
+    def test_output_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "out").write_text("a file")
+        self.refuse(tmp_path, "cannot be written")
+
+    def test_an_untrained_teacher(self, tmp_path):
+        trainer = make_trainer(tmp_path, teacher_check=True)
+        with pytest.raises(ValueError, match="does not denoise"):
+            trainer.train()
+        assert trainer.step == 0
