@@ -262,7 +262,7 @@ class ImageTransform:
         result = {"images": self._image(image, f"{name}, column {self.image_column!r}" if self.image_column else name)}
         needed = self.num_classes is not None or self.label_column is not None
         if needed and label is None:
-            raise ValueError(f"Every image needs a class label, but {name} has none.")
+            raise ValueError(f"Every image must come with its class, but {name} has no label.")
         # What an unconditional network's dataset holds beside the image may be anything, and is then left out.
         if needed or isinstance(label, int | np.integer) or _is_whole_tensor(label):
             result["class_labels"] = torch.tensor(check_label(label, self.num_classes, name))

@@ -118,10 +118,13 @@ def test_what_is_not_found_says_what_was_tried(tmp_path, table, monkeypatch):
         load_image_dataset("me/absent")
 
 
-def test_empty_split_is_refused(tmp_path, table):
+def test_empty_split_is_refused(tmp_path, table, monkeypatch):
     table.select([]).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match="'train'.*is empty"):
+    with pytest.raises(ValueError, match="'train'.*no data"):
         load_image_dataset(str(tmp_path / "empty.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table.select([]))
+    with pytest.raises(ValueError, match="'train'.*is empty"):
+        load_image_dataset("me/empty")
 
 
 # Columns
@@ -170,7 +173,7 @@ def test_labels_must_be_whole_numbers():
 def test_class_conditional_network_needs_labels(table):
     with pytest.raises(ValueError, match="class-conditional: set `label_column`"):
         prepare_dataset(table, RGB, num_classes=2)
-    with pytest.raises(ValueError, match="row 0 has none"):
+    with pytest.raises(ValueError, match="row 0 has no label"):
         prepare_dataset(torch.zeros(4, 3, 8, 8), RGB, num_classes=2)
 
 
@@ -331,6 +334,13 @@ def test_skipped_image_is_left_out_of_a_stream(folder, caplog):
     assert sum("cat/0.png" in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(ValueError, match="cat/0.png"):
         prepare_dataset(stream, RGB)
+
+
+def test_iterating_ends_after_the_last_image(table):
+    prepared = prepare_dataset(table, RGB)
+    assert len(list(prepared)) == 12 and torch.equal(prepared[-1]["images"], prepared[11]["images"])
+    with pytest.raises(IndexError, match="12 images; there is no row 12"):
+        prepared[12]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
