@@ -4,68 +4,28 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
 import itertools
 import logging
 import math
-import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from cm_diffusers.training.images import IMAGE_COLUMNS, BadImage, ImageSpec, ImageTransform, check_label
+
 logger = logging.getLogger(__name__)
 
-IMAGE_COLUMNS = ("images", "image", "img", "jpg", "jpeg", "png", "webp")
-LABEL_COLUMNS = ("class_labels", "label", "labels")
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 # Decoded images are kept, in each worker, when all of them fit in so many bytes: small images cost more to decode
 # than to train on.
 CACHE_BYTES = 64 * 2**20
 # So many bad images in a row are not a few corrupt files but a disk that is gone, or the wrong column.
 MOST_BAD_IN_A_ROW = 1000
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """The images a network takes.
-
-    Args:
-        channels (`int`): 1 (grey), 3 (RGB) or 4 (RGBA) for pictures; tensors may have any number.
-        height, width (`int`): in pixels.
-        value_range (`tuple[float, float]`): of the values.
-        center_crop (`bool`): crop in the middle rather than at random.
-        random_flip (`bool`): mirror half of the images.
-    """
-
-    channels: int
-    height: int
-    width: int
-    value_range: tuple[float, float] = (-1.0, 1.0)
-    center_crop: bool = True
-    random_flip: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not self.value_range[0] < self.value_range[1]:
-            raise ValueError(f"`value_range` must be (low, high) with low < high, got {self.value_range}.")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
-
-
-class BadImage(ValueError):
-    """An image that cannot be read, or is not finite; the message names it. `on_bad_image="skip"` passes over it."""
 
 
 # Loading ---------------------------------------------------------------------------------------------------------
@@ -216,180 +176,6 @@ def _check_label_column(dataset: Any, column: str, num_classes: int) -> None:
     """Labels are cheap to read: one that is out of range is found now, not hours into training."""
     for row, label in enumerate(dataset.select_columns([column])[:][column]):
         check_label(label, num_classes, f"row {row}, column {column!r}")
-
-
-def check_label(label: Any, num_classes: int | None, name: str) -> int:
-    """`label`, which belongs to the item called `name`, as an `int`.
-
-    Raises:
-        `ValueError`: if it is not a whole number, or not in `[0, num_classes)`.
-    """
-    try:
-        value = operator.index(label)
-    except (TypeError, ValueError, RuntimeError):
-        hint = " `dataset.class_encode_column` numbers a column of names." if isinstance(label, str) else ""
-        raise ValueError(f"The label of {name} must be a whole number, got {label!r}.{hint}") from None
-    if value < 0 or (num_classes is not None and value >= num_classes):
-        known = "0 and more" if num_classes is None else f"0 to {num_classes - 1}"
-        raise ValueError(f"The label of {name} is {value}; the network knows {known}.")
-    return value
-
-
-# One item --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """Turns an item of any dataset into `{"images": (channels, height, width), "class_labels": ()}`."""
-
-    spec: ImageSpec
-    image_column: str | None = None
-    label_column: str | None = None
-    num_classes: int | None = None
-
-    def __call__(self, example: Any, rng: torch.Generator | None = None, name: str = "the item") -> dict[str, Tensor]:
-        """The item called `name`, cropped and flipped by `rng`, or by torch's global generator."""
-        return self.augment(self.read(example, name), rng)
-
-    def read(self, example: Any, name: str) -> dict[str, Tensor]:
-        """The item before random crops and flips.
-
-        Raises:
-            `BadImage`: if its image cannot be read or is not finite.
-            `ValueError`: if its image or label does not fit the network.
-        """
-        image, label = self._split(example, name)
-        result = {"images": self._image(image, f"{name}, column {self.image_column!r}" if self.image_column else name)}
-        needed = self.num_classes is not None or self.label_column is not None
-        if needed and label is None:
-            raise ValueError(f"Every image must come with its class, but {name} has no label.")
-        # What an unconditional network's dataset holds beside the image may be anything, and is then left out.
-        if needed or isinstance(label, int | np.integer) or _is_whole_tensor(label):
-            result["class_labels"] = torch.tensor(check_label(label, self.num_classes, name))
-        return result
-
-    def augment(self, item: dict[str, Tensor], rng: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Random crop and flip."""
-        image, spec = item["images"], self.spec
-        height, width = image.shape[-2:]
-        if (height, width) != (spec.height, spec.width):
-            top = int(torch.randint(height - spec.height + 1, (), generator=rng))
-            left = int(torch.randint(width - spec.width + 1, (), generator=rng))
-            image = image[:, top : top + spec.height, left : left + spec.width]
-        if spec.random_flip and torch.rand((), generator=rng) < 0.5:
-            image = image.flip(-1)
-        return item | {"images": image.contiguous()}
-
-    def _split(self, example: Any, name: str) -> tuple[Any, Any]:
-        if isinstance(example, Mapping):
-            image_column = self.image_column or next((c for c in IMAGE_COLUMNS if c in example), None)
-            label_column = self.label_column or next((c for c in LABEL_COLUMNS if c in example), None)
-            if image_column is None or image_column not in example:
-                allowed = self.image_column or "one of " + ", ".join(IMAGE_COLUMNS)
-                raise ValueError(f"Items must hold {allowed}, but {name} holds {', '.join(map(str, example))}.")
-            return example[image_column], example.get(label_column)
-        if isinstance(example, tuple | list):
-            return example[0], example[1] if len(example) > 1 else None
-        return example, None
-
-    def _image(self, image: Any, name: str) -> Tensor:
-        if not isinstance(image, Tensor):
-            return picture_to_tensor(_open(image, name), self.spec, name)
-        if tuple(image.shape) != self.spec.shape:
-            raise ValueError(f"The image of {name} has the shape {tuple(image.shape)}; expected {self.spec.shape}.")
-        if not image.is_floating_point():
-            raise ValueError(f"The image of {name} is of {image.dtype}; expected floats in {self.spec.value_range}.")
-        if not torch.isfinite(image).all():
-            raise BadImage(f"The image of {name} holds values that are not finite.")
-        return image.float()
-
-
-def _is_whole_tensor(label: Any) -> bool:
-    return isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
-
-
-def _open(image: Any, name: str) -> Any:
-    """A PIL image with 8 bits a channel, from what `datasets` stores (bytes and path), a path, an array or a picture.
-
-    Raises:
-        `BadImage`: if it cannot be read.
-        `ValueError`: if it is an array of anything but 0 to 255.
-    """
-    from PIL import Image
-
-    if isinstance(image, list | np.ndarray):
-        array = np.asarray(image)
-        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
-            raise ValueError(f"The image of {name} is an array of {array.dtype}; expected integers from 0 to 255.")
-        image = Image.fromarray(array.astype(np.uint8))
-    elif isinstance(image, bytes):
-        image = {"bytes": image, "path": None}
-    elif isinstance(image, str | Path):
-        image = {"bytes": None, "path": str(image)}
-    if isinstance(image, Mapping) and image.get("path"):
-        name = f"{name} ({image['path']})"
-    try:
-        if isinstance(image, Mapping):
-            import datasets  # knows how to open what is not on this machine
-
-            image = datasets.Image().decode_example(image)
-        return _to_eight_bits(image)
-    except Exception as error:  # corrupt files raise whatever the decoder of their format trips over
-        raise BadImage(f"The image of {name} cannot be read: {error}") from error
-
-
-def _to_eight_bits(picture: Any) -> Any:
-    """Decode, turn upright, and scale down what PIL would cut off at 255."""
-    from PIL import Image, ImageOps
-
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"it is a {type(picture).__name__}")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        wide = np.asarray(picture, dtype=np.float64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("its values lie outside the 16 bits from 0 to 65535")
-        return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("its values are floats in no known range")
-    return picture
-
-
-def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") -> Tensor:
-    """A PIL image in the network's colours and value range, just large enough to cover its size, cropped if centred.
-
-    Args:
-        picture (`PIL.Image.Image`): of any mode with 8 bits; transparency is laid on white unless the network has it.
-        spec ([`ImageSpec`]): what the network takes.
-        name (`str`): for messages.
-
-    Returns:
-        `Tensor` of shape `(channels, height, width)`, or larger if it is still to be cropped at random.
-    """
-    from PIL import Image
-
-    if spec.channels not in PIL_MODES:
-        raise ValueError(f"The image of {name} is a picture; a network of {spec.channels} channels takes tensors.")
-    if spec.channels != 4 and (picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info):
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    picture = picture.convert(PIL_MODES[spec.channels])
-    scale = max(spec.width / picture.width, spec.height / picture.height)
-    if scale > 1:
-        _warn_of_enlarging(spec.height, spec.width)
-    size = max(spec.width, round(picture.width * scale)), max(spec.height, round(picture.height * scale))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    if spec.center_crop:
-        left, top = (picture.width - spec.width) // 2, (picture.height - spec.height) // 2
-        picture = picture.crop((left, top, left + spec.width, top + spec.height))
-    low, high = spec.value_range
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(picture.height, picture.width, -1)
-    return pixels.permute(2, 0, 1).contiguous() / 255 * (high - low) + low
-
-
-@functools.cache
-def _warn_of_enlarging(height: int, width: int) -> None:
-    logger.warning("Images smaller than %d x %d are enlarged. This is said once.", height, width)
 
 
 # Datasets --------------------------------------------------------------------------------------------------------

@@ -9,34 +9,30 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate import skip_first_batches
+from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.noise_levels import default_second_sigma
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import Denoiser, GuidedDenoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.data import ImageSpec, load_image_dataset, make_dataloader, prepare_dataset
-from cm_diffusers.training.distances import build_distance
+from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset
 from cm_diffusers.training.ema import EMA, decay_for_half_life
-from cm_diffusers.training.objectives import Objective
-from cm_diffusers.training.objectives.conversion import ConversionObjective
-from cm_diffusers.training.objectives.pairs import WEIGHTINGS, FromTeacher, PairObjective, from_data
+from cm_diffusers.training.images import ImageSpec
+from cm_diffusers.training.phases import Phase, make_phases
+from cm_diffusers.training.runtime import check_writable, make_accelerator, make_optimizer
 from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
-from cm_diffusers.training.solvers import SOLVERS
-from cm_diffusers.training.student import make_student, needs_conversion
+from cm_diffusers.training.student import make_student
 from cm_diffusers.training.teacher import Teacher, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, start_tracker
 
@@ -48,19 +44,6 @@ FREE_TO_CHANGE = frozenset(
     "teacher_check few_step_sigmas on_bad_image".split()
 )
 MAX_BAD_STEPS = 10
-
-
-@dataclass
-class Phase:
-    """A stretch of training with one objective and its own learning rates."""
-
-    name: str
-    objective: Objective
-    start: int
-    steps: int
-    learning_rate: float
-    lr_schedule: str
-    lr_warmup_steps: int
 
 
 class ConsistencyTrainer:
@@ -88,8 +71,8 @@ class ConsistencyTrainer:
     def __init__(self, config: ConsistencyConfig, teacher: Any = None, train_dataset: Any = None) -> None:
         self.config = config = config.resolve()
         self.output_dir = Path(config.output_dir)
-        _check_writable(self.output_dir)
-        self.accelerator = _make_accelerator(config)
+        check_writable(self.output_dir)
+        self.accelerator = make_accelerator(config)
         set_seed(config.seed)
 
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
@@ -104,14 +87,16 @@ class ConsistencyTrainer:
         loader = make_dataloader(
             self.dataset, batch_size=config.batch_size, shuffle=True, num_workers=config.num_workers, seed=config.seed
         )
-        optimizer = _make_optimizer(config, unet)
+        optimizer = make_optimizer(config, unet)
         self.student, self.optimizer, self.loader = self.accelerator.prepare(unet, optimizer, loader)
         self.unet = self.accelerator.unwrap_model(self.student)
 
         scheduler_config = self.scheduler.config
         self.levels = make_levels(config, scheduler_config.sigma_min, scheduler_config.sigma_max, scheduler_config.rho)
         self.mu = mu_schedule(config, self.levels)
-        self.phases = self._make_phases()
+        self.phases = make_phases(
+            config, self.teacher, self.scheduler, self.levels, self.student, self.target_ema, self.accelerator.device
+        )
         self.step = self.epoch = self.batches_in_epoch = self.bad_steps = 0
 
     # Preparation ----------------------------------------------------------------------------------------------------
@@ -137,7 +122,8 @@ class ConsistencyTrainer:
             raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
         if config.few_step_sigmas is None:
             high, low = scheduler.config.sigma_max, scheduler.config.sigma_min
-            second = default_second_sigma(_height(config.resolution or unet.config.sample_size or 64))
+            size = config.resolution or unet.config.sample_size or 64
+            second = default_second_sigma(size if isinstance(size, int) else size[0])
             if low < second < high:
                 scheduler.register_to_config(few_step_sigmas={"2": [high, second]})
         return unet, scheduler
@@ -171,62 +157,6 @@ class ConsistencyTrainer:
                 f"The dataset's {len(prepared)} images are fewer than one batch of {needed} (all devices)."
             )
         return prepared
-
-    def _make_phases(self) -> list[Phase]:
-        config, scheduler, device = self.config, self.scheduler, self.accelerator.device
-        denoise = self._teacher_denoiser()
-        student = Denoiser(self.student, scheduler.boundary)
-        target = Denoiser(self.target_ema.network if self.target_ema else self.unet, scheduler.boundary)
-        if self.target_ema is not None:
-            self.target_ema.network.train()  # the dropout of the student
-        if config.source == "teacher":
-            assert denoise is not None
-            source: Any = FromTeacher(denoise, SOLVERS[config.solver or "heun"])
-        else:
-            source = from_data
-        value_range = tuple(scheduler.config.image_range)
-        distance = build_distance(config.distance or "l2", config.huber_c, value_range, device)
-        weighting = WEIGHTINGS[config.weighting or "uniform"]
-        main = PairObjective(student, target, self.levels, source, distance, weighting)
-
-        conversion_steps = self._conversion_steps()
-        phases = []
-        if conversion_steps:
-            unguided = self.teacher.denoiser  # type: ignore[union-attr]
-            own = Denoiser(self.student, scheduler.preconditioning)
-            levels = self.levels
-            conversion = ConversionObjective(own, unguided, levels.sigma_min, levels.sigma_max, levels.rho)
-            rate = config.conversion_learning_rate
-            phases.append(Phase("conversion", conversion, 0, conversion_steps, rate, "cosine", conversion_steps // 20))
-        phases.append(
-            Phase(
-                config.method,
-                main,
-                conversion_steps,
-                config.max_train_steps,
-                config.learning_rate,
-                config.lr_schedule,
-                config.lr_warmup_steps,
-            )  # fmt: skip
-        )
-        return phases
-
-    def _conversion_steps(self) -> int:
-        if self.teacher is None or not needs_conversion(self.teacher.scheduler):
-            return 0
-        if self.scheduler.config.family != "vp":
-            return 0
-        if self.config.conversion_steps is not None:
-            return self.config.conversion_steps
-        return max(1, min(self.config.max_train_steps // 10, 10_000))
-
-    def _teacher_denoiser(self) -> Any:
-        if self.teacher is None:
-            return None
-        self.teacher.unet.to(self.accelerator.device)
-        if self.config.guidance_scale == 1:
-            return self.teacher.denoiser
-        return GuidedDenoiser(self.teacher.denoiser, self.config.guidance_scale, self.config.null_class_label or 0)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -446,37 +376,3 @@ class ConsistencyTrainer:
                 differences.append(f"{name} was {state['config'].get(name)!r} and is {now[name]!r}")
         if differences:
             raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(differences)}.")
-
-
-def _height(size: int | Sequence[int]) -> int:
-    return size if isinstance(size, int) else size[0]
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir` {str(folder)!r} cannot be written to: {error}") from error
-
-
-def _make_accelerator(config: ConsistencyConfig) -> Accelerator:
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-    )
-
-
-def _make_optimizer(config: ConsistencyConfig, unet: nn.Module) -> torch.optim.Optimizer:
-    optimizer = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    arguments: dict[str, Any] = {"foreach": True} if config.optimizer == "radam" else {"fused": True}
-    betas = (config.adam_betas[0], config.adam_betas[1])
-    return optimizer(
-        unet.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, **arguments
-    )

@@ -7,16 +7,9 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from cm_diffusers.training import data
-from cm_diffusers.training.data import (
-    ImageSpec,
-    ImageTransform,
-    check_label,
-    load_image_dataset,
-    make_dataloader,
-    picture_to_tensor,
-    prepare_dataset,
-)
+from cm_diffusers.training import data, images
+from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset
+from cm_diffusers.training.images import ImageSpec, ImageTransform, check_label, picture_to_tensor
 
 RGB = ImageSpec(3, 8, 8)
 GREY = ImageSpec(1, 8, 8)
@@ -26,7 +19,7 @@ GREY = ImageSpec(1, 8, 8)
 def own_cache(tmp_path, monkeypatch):
     """Nothing of `datasets` is left behind, or found again."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    data._warn_of_enlarging.cache_clear()
+    images._warn_of_enlarging.cache_clear()
 
 
 def picture(value=0, size=(8, 8), mode="RGB"):
@@ -529,8 +522,8 @@ def test_two_workers_share_a_stream(table):
 
 def test_small_pictures_are_decoded_once(table, monkeypatch):
     opened = []
-    real = data._open
-    monkeypatch.setattr(data, "_open", lambda image, name: opened.append(name) or real(image, name))
+    real = images._open
+    monkeypatch.setattr(images, "_open", lambda image, name: opened.append(name) or real(image, name))
     prepared = prepare_dataset(table, RGB)
     assert reds(prepared[i] for i in (1, 1, 2, 1)) == [10, 10, 20, 10]
     assert len(opened) == 3  # with the check of the first

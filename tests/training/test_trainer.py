@@ -281,7 +281,7 @@ class TestRefusedBeforeTraining:
 
     def test_class_conditional_without_labels(self, tmp_path):
         teacher = build_unet(num_class_embeds=3), diffusers.DDPMScheduler()
-        self.refuse(tmp_path, "needs a class label", teacher=teacher)
+        self.refuse(tmp_path, "no label", teacher=teacher)
 
     def test_output_that_cannot_be_written(self, tmp_path):
         (tmp_path / "out").write_text("a file")

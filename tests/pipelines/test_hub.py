@@ -1,0 +1,63 @@
+"""Loading by Hub id, from a real HTTP server on loopback, in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import diffusers
+import pytest
+from conftest import build_unet
+from hub_server import serve
+
+from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    vp = ConsistencyScheduler.from_teacher(diffusers.DDPMScheduler(prediction_type="v_prediction"))
+    ConsistencyPipeline(build_unet(), vp).save_pretrained(root / "me" / "ours")
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(root / "me" / "stock")
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(root / "me" / "teacher")
+    with serve(root) as endpoint:
+        yield endpoint
+
+
+def run(code, endpoint, home):
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("repo", "family"), [("me/ours", "vp"), ("me/stock", "consistency")])
+def test_our_class_loads_by_id(hub, tmp_path, repo, family):
+    code = (
+        f"from cm_diffusers import ConsistencyPipeline as P\np = P.from_pretrained({repo!r})\n"
+        "print(p.scheduler.config.family, p(output_type='np').images.shape)"
+    )
+    result = run(code, hub, tmp_path)
+    assert result.stdout.strip() == f"{family} (1, 8, 8, 3)", result.stderr
+
+
+def test_stock_diffusers_loads_by_id_what_it_can_represent(hub, tmp_path):
+    code = (
+        "import sys\nsys.modules['cm_diffusers'] = None\n"
+        "from diffusers import DiffusionPipeline\nprint(type(DiffusionPipeline.from_pretrained('me/stock')).__name__)"
+    )
+    result = run(code, hub, tmp_path)
+    assert result.stdout.strip() == "ConsistencyModelPipeline", result.stderr
+
+
+def test_a_teacher_loads_by_id(hub, tmp_path):
+    code = (
+        "from cm_diffusers.training.teacher import load_teacher\n"
+        "print(load_teacher('me/teacher').preconditioning.prediction_type)"
+    )
+    result = run(code, hub, tmp_path)
+    assert result.stdout.strip() == "epsilon", result.stderr
+
+
+def test_a_missing_repository_is_a_clear_error(hub, tmp_path):
+    result = run("from cm_diffusers import ConsistencyPipeline as P\nP.from_pretrained('me/absent')", hub, tmp_path)
+    assert result.returncode != 0
+    assert "me/absent" in result.stderr.splitlines()[-1] or "me/absent" in result.stderr

@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+from conftest import build_unet
+from PIL import Image
+
+from cm_diffusers.cli import main, parse_config
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A teacher and a folder of images on disk."""
+    folder = tmp_path_factory.mktemp("cli")
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(folder / "teacher")
+    (folder / "images").mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 10, 10, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    (folder / "config.yaml").write_text(
+        f"teacher: {folder / 'teacher'}\ndataset: {folder / 'images'}\nteacher_check: false\ndistance: l2\n"
+        "num_levels: 4\nmax_train_steps: 2\nconversion_steps: 1\nbatch_size: 4\ntracker: none\nsample_steps: 0\n"
+    )
+    return folder
+
+
+def test_distill_then_sample(workspace, tmp_path, capsys):
+    student = tmp_path / "student"
+    main(["distill", "--config", str(workspace / "config.yaml"), "--output_dir", str(student), "--learning_rate=1e-3"])
+    assert "cm-diffusers sample" in capsys.readouterr().out
+    samples = tmp_path / "samples"
+    sample = ["sample", str(student), "--device", "cpu"]
+    main([*sample, "--num_images", "5", "--batch_size", "2", "--output_dir", str(samples)])
+    assert sorted(path.name for path in samples.iterdir()) == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
+    assert Image.open(samples / "00000.png").size == (8, 8)
+    main([*sample, "--num_images", "1", "--seed", "3", "--output_dir", str(tmp_path / "one")])
+    paths = tmp_path / "one" / "00000.png", samples / "00003.png"
+    alone, in_batch = (np.asarray(Image.open(path), dtype=int) for path in paths)
+    assert abs(alone - in_batch).max() <= 1
+
+
+def test_train_needs_no_teacher(workspace, tmp_path):
+    build_unet().save_config(tmp_path / "unet")
+    main(
+        ["train", "--unet_config", str(tmp_path / "unet"), "--dataset", str(workspace / "images"), "--batch_size", "4",
+         "--max_train_steps", "1", "--distance", "l2", "--tracker", "none", "--sample_steps", "0",
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_command_line_comes_before_the_file(workspace):
+    arguments = ["--config", str(workspace / "config.yaml"), "--num_levels", "9", "--few_step_sigmas", "{2: [80, 1]}"]
+    values = parse_config("distill", arguments, "cd")
+    assert (values["num_levels"], values["batch_size"], values["few_step_sigmas"]) == (9, 4, {2: [80, 1]})
+
+
+def test_none_switches_an_option_off():
+    assert parse_config("distill", ["--max_grad_norm", "none", "--tracker", "none"], "cd") == {
+        "method": "cd", "max_grad_norm": None, "tracker": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--learning_rat=1", "--learning-rate=1"])
+def test_unknown_option_is_refused_with_the_nearest(option):
+    with pytest.raises(SystemExit, match="Did you mean 'learning_rate'"):
+        parse_config("distill", [option], "cd")
+
+
+def test_unknown_key_in_the_file_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("batchsize: 3\n")
+    with pytest.raises(SystemExit, match="Did you mean 'batch_size'"):
+        main(["distill", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_errors_are_one_line_without_a_traceback(tmp_path):
+    with pytest.raises(SystemExit, match="^cm-diffusers distill: error: .*needs a `teacher`"):
+        main(["distill", "--output_dir", str(tmp_path), "--tracker", "none"])
+
+
+@pytest.mark.parametrize("command", ["distill", "train", "sample"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    if command != "sample":
+        from cm_diffusers import ConsistencyConfig
+
+        assert all(f"--{name}" in text for name in ConsistencyConfig.__dataclass_fields__)
+
+
+def test_help_is_quick_to_import():
+    """No torch is needed to say what the commands are."""
+    code = "import sys, cm_diffusers.cli as c\ntry: c.main(['--help'])\n"
+    code += "except SystemExit: pass\nprint('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")
+
+
+def test_the_example_for_accelerate_launch_runs(workspace, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "distill.py"), "--config", str(workspace / "config.yaml")]
+    result = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
