@@ -29,12 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(given[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     run = {"distill": distill, "train": train, "sample": sample}[command]
     try:
         run(given[1:])
-    except (ValueError, TypeError) as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
+    except (ValueError, TypeError, FloatingPointError) as error:
         sys.exit(f"cm-diffusers {command}: error: {error}")
 
 

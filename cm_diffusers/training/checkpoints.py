@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that is missing, torn or was changed after it was written."""
 
 

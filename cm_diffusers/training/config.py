@@ -65,7 +65,7 @@ class ConsistencyConfig:
     )
     conversion_learning_rate: float = _option(3e-4, "peak learning rate of the conversion, which decays to 0")
     few_step_sigmas: dict[str, list[float]] | None = _option(
-        None, "noise levels stored with the student for few-step sampling, as {2: [80, 0.8]}"
+        None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"
     )
 
     # The five choices

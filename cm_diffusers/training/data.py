@@ -115,6 +115,9 @@ def prepare_dataset(
     if isinstance(dataset, Tensor):
         if dataset.ndim != 4:
             raise ValueError(f"A tensor of images must be (n, channels, height, width), got {tuple(dataset.shape)}.")
+        bad = dataset.flatten(1).isfinite().all(1).logical_not().nonzero()
+        if len(bad) and on_bad_image == "error":
+            raise ValueError(f"The image of row {int(bad[0])} holds values that are not finite.")
         dataset = TensorDataset(dataset)
     # A dataset with a transform of the user's gives what the transform makes, whatever its columns are.
     transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"

@@ -79,17 +79,17 @@ def log_samples(
     if not accelerator.is_main_process:
         return
     pipeline.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng(devices=[] if accelerator.device.type == "cpu" else None):
-        for nfe in config.sample_nfes:
-            images = pipeline(
-                batch_size=config.num_samples,
-                class_labels=_labels(pipeline, config.num_samples),
-                num_inference_steps=nfe,
-                generator=[torch.Generator().manual_seed(seed) for seed in range(config.num_samples)],
-                output_type="np",
-            ).images
-            save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
-            _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
+    # Every image has its own generator, so that the run's random numbers stay as they are.
+    for nfe in config.sample_nfes:
+        images = pipeline(
+            batch_size=config.num_samples,
+            class_labels=_labels(pipeline, config.num_samples),
+            num_inference_steps=nfe,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(config.num_samples)],
+            output_type="np",
+        ).images
+        save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
+        _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
 
 
 def _labels(pipeline: ConsistencyPipeline, count: int) -> list[int] | None:

@@ -222,10 +222,9 @@ class ConsistencyTrainer:
                 if self.accelerator.sync_gradients:
                     limit = self.config.max_grad_norm or math.inf
                     norm = self.accelerator.clip_grad_norm_(self.student.parameters(), limit)
-                    if self._is_finite(norm):
+                    # A scaler skips bad steps itself, and has to see them to lower its scale.
+                    if self._is_finite(norm) or self.accelerator.scaler is not None:
                         self.optimizer.step()
-                    elif self.accelerator.scaler is not None:
-                        self.optimizer.step()  # the scaler skips it, and lowers its scale
                 self.optimizer.zero_grad()
         return torch.stack(losses).mean(), norm
 

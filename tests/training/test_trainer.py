@@ -148,6 +148,29 @@ class _OneLevel:
         return LevelPair(torch.full((batch_size,), 2.0), torch.full((batch_size,), 1.0))
 
 
+@pytest.fixture
+def image_folder(tmp_path):
+    """Twelve pictures, the fifth of them torn."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(12):
+        Image.new("RGB", (9, 11), (20 * index, 0, 99)).save(folder / f"{index:02d}.png")
+    torn = folder / "04.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_images_with_a_torn_one(streaming, image_folder, tmp_path, caplog):
+    settings = {"dataset": str(image_folder), "streaming": streaming, "max_train_steps": 6, "batch_size": 4}
+    make_trainer(tmp_path / "out", images=None, on_bad_image="skip", **settings).train()
+    assert "04.png" in caplog.text
+    with pytest.raises(ValueError, match="04.png"):
+        make_trainer(tmp_path / "out", images=None, **settings).train()
+
+
 def test_guided_class_conditional_teacher(tmp_path):
     unet = build_unet(num_class_embeds=5)
     data = [(image, i % 4) for i, image in enumerate(IMAGES)]
@@ -263,7 +286,25 @@ class TestRefusedBeforeTraining:
         self.refuse(tmp_path, "fewer than one batch", images=IMAGES[:4])
 
     def test_nan_images(self, tmp_path):
-        self.refuse(tmp_path, "not finite", images=torch.full((8, 3, 8, 8), float("nan")))
+        images = IMAGES.clone()
+        images[37, 1, 2, 3] = float("nan")
+        self.refuse(tmp_path, "row 37 .*not finite", images=images)
+
+    def test_a_missing_column(self, tmp_path):
+        import datasets
+
+        table = datasets.Dataset.from_dict({"img": [[[0]]], "label": [1]})
+        self.refuse(tmp_path, "'imag'.*Did you mean 'img'", images=table, image_column="imag")
+
+    def test_a_damaged_checkpoint_that_is_asked_for(self, tmp_path):
+        make_trainer(tmp_path / "out", checkpoint_steps=6).train()
+        checkpoint = next((tmp_path / "out" / "checkpoints").iterdir())
+        (checkpoint / "state.json").write_text("{}")
+        trainer = make_trainer(tmp_path / "out", resume=str(checkpoint), checkpoint_steps=6)
+        with pytest.raises(ValueError, match="state.json is not what was written"):
+            trainer.train()
+        assert trainer.step == 0
+        assert (tmp_path / "out" / "model_index.json").exists()
 
     def test_wrong_shape(self, tmp_path):
         self.refuse(tmp_path, r"\(1, 8, 8\).*\(3, 8, 8\)", images=IMAGES[:, :1])
