@@ -72,7 +72,9 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             the meaning they have in `DDPMScheduler`.
         image_range (`list[float]`): the values between which images lie.
         few_step_sigmas (`dict[str, list[float]]`, *optional*): for a number of steps, the noise levels to take,
-            descending. Other numbers of steps are spread over the Karras schedule.
+            descending. Other numbers of steps are spread over the Karras grid.
+        num_levels (`int`, *optional*): length of the Karras grid that the student was trained on, whose levels are the
+            only ones it knows well; `num_train_timesteps` when `None`.
     """
 
     order = 1
@@ -99,6 +101,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         image_range: Sequence[float] = (-1.0, 1.0),
         few_step_sigmas: dict[str, list[float]] | None = None,
+        num_levels: int | None = None,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -107,6 +110,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
                 "`sigma_data`, `rho` and `num_train_timesteps` must be positive and `image_range` ascending, got "
                 f"{sigma_data}, {rho}, {num_train_timesteps} and {list(image_range)}."
             )
+        if num_levels is not None and num_levels < 2:
+            raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
         for steps, levels in (few_step_sigmas or {}).items():
             if int(steps) != len(levels):
                 raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
@@ -223,14 +228,18 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(int(steps))
         if stored is not None:
             return np.array(stored, dtype=np.float64)
-        length = self.config.num_train_timesteps
-        if steps > length:
-            raise ValueError(f"`num_inference_steps={steps}` is larger than `num_train_timesteps={length}`.")
-        return self._karras(np.arange(steps) * (length // steps))
+        if steps > self.grid_length:
+            raise ValueError(f"`num_inference_steps={steps}` exceeds the {self.grid_length} levels of the grid.")
+        return self._karras(np.arange(steps) * (self.grid_length // steps))
+
+    @property
+    def grid_length(self) -> int:
+        """How many levels the Karras grid has."""
+        return int(self.config.num_levels or self.config.num_train_timesteps)
 
     def _karras(self, indices: np.ndarray) -> np.ndarray:
         config = self.config
-        ramp = indices / max(config.num_train_timesteps - 1, 1)
+        ramp = indices / max(self.grid_length - 1, 1)
         return karras_sigmas(ramp, config.sigma_min, config.sigma_max, config.rho)
 
     def _sigmas_at(self, timesteps: Sequence[float]) -> np.ndarray:
@@ -240,8 +249,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if self.config.family not in GRID_FAMILIES:
             sigmas = self.preconditioning.sigma_from_c_noise(torch.from_numpy(values)).tolist()
             return np.array(self._check_sigmas(sigmas, f"the noise levels of timesteps={list(timesteps)}"))
-        if not (values[-1] >= 0 and values[0] < self.config.num_train_timesteps):
-            raise ValueError(f"`timesteps` must lie in [0, {self.config.num_train_timesteps}), got {timesteps}.")
+        if not (values[-1] >= 0 and values[0] < self.grid_length):
+            raise ValueError(f"`timesteps` must lie in [0, {self.grid_length}), got {timesteps}.")
         return self._karras(values[::-1])
 
     def _check_sigmas(self, sigmas: Sequence[float], name: str) -> list[float]:
@@ -369,7 +378,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def is_stock(self) -> bool:
         """Whether diffusers' `CMStochasticIterativeScheduler` represents this scheduler exactly."""
         config = self.config
-        return config.family == "consistency" and tuple(config.image_range) == (-1.0, 1.0)
+        same_grid = config.num_levels in (None, config.num_train_timesteps)
+        return config.family == "consistency" and tuple(config.image_range) == (-1.0, 1.0) and same_grid
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the config; under the stock class's name when diffusers' own class computes the same."""

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.noise_levels import default_second_sigma
+from cm_diffusers.noise_levels import default_second_sigma, karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training import checkpoints
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset
@@ -120,13 +121,21 @@ class ConsistencyTrainer:
             scheduler = ConsistencyScheduler(**{name: value for name, value in overrides.items() if value is not None})
         else:
             raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
-        if config.few_step_sigmas is None:
-            high, low = scheduler.config.sigma_max, scheduler.config.sigma_min
-            size = config.resolution or unet.config.sample_size or 64
-            second = default_second_sigma(size if isinstance(size, int) else size[0])
-            if low < second < high:
-                scheduler.register_to_config(few_step_sigmas={"2": [high, second]})
-        return unet, scheduler
+        return unet, self._describe_training(scheduler, config.resolution or unet.config.sample_size or 64)
+
+    def _describe_training(self, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
+        """The scheduler with the grid that the student ends its training on, and a second level out of it."""
+        now = scheduler.config
+        levels = make_levels(self.config, now.sigma_min, now.sigma_max, now.rho)
+        length = levels.num_levels(self.config.max_train_steps)
+        grid_field = "num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"
+        changes: dict[str, Any] = {grid_field: length}
+        if now.few_step_sigmas is None and length > 2:
+            grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
+            wanted = default_second_sigma(size if isinstance(size, int) else size[0])
+            second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / wanted)))
+            changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
+        return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
 
     def _prepare_data(self, dataset: Any, unet: Any) -> Any:
         config = self.config

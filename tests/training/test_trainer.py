@@ -67,7 +67,7 @@ def test_every_family_trains_saves_loads_and_samples(family, tmp_path):
 def test_student_of_an_edm_teacher_loads_in_stock_diffusers_with_the_same_images(tmp_path):
     teacher = build_unet(num_class_embeds=4), diffusers.EDMDPMSolverMultistepScheduler()
     data = [{"images": image, "label": i % 4} for i, image in enumerate(IMAGES)]
-    make_trainer(tmp_path, teacher, data, few_step_sigmas={2: [80.0, 1.0]}).train()
+    make_trainer(tmp_path, teacher, data, few_step_sigmas={2: [80.0, 1.0]}, num_levels=40).train()
     ours = ConsistencyPipeline.from_pretrained(tmp_path)
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock) is diffusers.ConsistencyModelPipeline
@@ -272,6 +272,20 @@ def test_the_saved_student_describes_itself(tmp_path):
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     assert (config["family"], config["prediction_type"], config["sigma_max"]) == ("vp", "v_prediction", 40.0)
     assert config["few_step_sigmas"] == {"2": [40.0, 1.0]}
+    assert config["num_levels"] == 6
+
+
+@pytest.mark.parametrize("family", ["v", "edm", "flow"])
+def test_few_step_sampling_stays_on_the_levels_of_training(family, tmp_path):
+    trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS[family]), num_levels=7)
+    grid = trainer.levels._grid(7)[0]
+    for steps in (1, 2, 3, 7):
+        trainer.scheduler.set_timesteps(steps)
+        assert trainer.scheduler.sigmas[0] == grid[-1]
+        for sigma in trainer.scheduler.sigmas:
+            assert ((grid - sigma).abs() / grid).min() < 1e-5
+    with pytest.raises(ValueError, match="7 levels"):
+        trainer.scheduler.set_timesteps(8)
 
 
 class TestRefusedBeforeTraining:
