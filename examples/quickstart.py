@@ -207,7 +207,9 @@ def save_picture(path: Path, real: Tensor, teacher: list[Tensor], rows: list[dic
     ]
     figure, axes = plt.subplots(1, 4, figsize=(16, 4.4))
     for axis, (title, images) in zip(axes, panels, strict=True):
-        pixels = (images[:64].clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+        enlarged = nn.functional.interpolate(images[:64].clamp(-1, 1), scale_factor=6, mode="bicubic").clamp(-1, 1)
+        framed = nn.functional.pad(enlarged, (2, 2, 2, 2), value=1.0)
+        pixels = (framed / 2 + 0.5).permute(0, 2, 3, 1).numpy()
         axis.imshow(image_grid(pixels, columns=8), cmap="gray")
         axis.set_title(title)
         axis.axis("off")
