@@ -149,7 +149,8 @@ def _draw(options: argparse.Namespace) -> Any:
     from cm_diffusers import ConsistencyPipeline
 
     device = options.device or _best_device()
-    pipeline = ConsistencyPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).to(device)
+    precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
+    pipeline = ConsistencyPipeline.from_pretrained(options.model, **precision).to(device)
     labels = options.class_labels
     if labels is not None and len(labels) not in (1, options.num_images):
         raise ValueError(f"Got {len(labels)} class labels for {options.num_images} images.")
