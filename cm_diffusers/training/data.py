@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
 
 from cm_diffusers.training.images import IMAGE_COLUMNS, BadImage, ImageSpec, ImageTransform, check_label
 
@@ -215,10 +216,13 @@ class MappedImages(_Images, Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"The dataset has {len(self)} images; there is no row {index}.")
-        return self.transform.augment(self._next_good(index % len(self)))
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        """Row `index`, cropped and flipped by torch's global generator, or by the seed in `(index, seed)`."""
+        row, seed = index if isinstance(index, tuple) else (index, None)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"The dataset has {len(self)} images; there is no row {row}.")
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        return self.transform.augment(self._next_good(row % len(self)), rng)
 
     def check_first(self) -> None:
         """Raise what the first image has against it."""
@@ -246,23 +250,29 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         super().__init__(dataset, transform, skip_bad)
         self._held: list[Any] = []
+        self._seed = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live for many epochs
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch, if the dataset has one."""
+        """Other crops and flips for another epoch, and another order if the dataset has one."""
+        self._epoch.fill_(epoch)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def shuffled(self, seed: int, buffer_size: int) -> StreamedImages:
         """The same images in another order, if this is a dataset of `datasets`; others keep the order they come in."""
         result = copy.copy(self)
+        result._seed = seed
         if hasattr(self.dataset, "column_names"):
             result.dataset = self.dataset.shuffle(seed=seed, buffer_size=buffer_size)
         return result
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         held, self._held = self._held, []
+        worker = get_worker_info()
+        rng = seeded_generator(self._seed, int(self._epoch), 0 if worker is None else worker.id)
         for item in self._good(itertools.chain(held, self.dataset)):
-            yield self.transform.augment(item)
+            yield self.transform.augment(item, rng)
 
     def check_first(self) -> None:
         """Raise what the first image has against it. Nothing is lost, even of a stream that can be read only once."""
@@ -285,6 +295,36 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
                 yield item
 
 
+class SeededSampler(Sampler[tuple[int, int]]):
+    """Every row once, each with a seed for its crop and flip. Both depend on the seed and the epoch alone.
+
+    So an image is the same in whichever process, worker or resumed run it is read. Each pass over it is an epoch. The
+    order is that of accelerate's seedable sampler.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = torch.randperm(self.length, generator=rng) if self.shuffle else torch.arange(self.length)
+        seeds = torch.randint(2**62, (self.length,), generator=rng)
+        yield from zip(rows.tolist(), seeds.tolist(), strict=True)
+        self.epoch += 1
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of whole numbers."""
+    sequence = np.random.SeedSequence([number % 2**64 for number in numbers])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
 def make_dataloader(
     dataset: Dataset[dict[str, Tensor]],
     *,
@@ -294,9 +334,10 @@ def make_dataloader(
     seed: int = 0,
     drop_last: bool = True,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of a prepared dataset. The order depends on `seed` and on how often the loader was iterated.
+    """Batches of a prepared dataset. Order, crops and flips depend on `seed` and on the epoch.
 
-    A stream of `datasets` is shuffled in a buffer, by `seed` and its `set_epoch`; another comes in its own order.
+    A stream of `datasets` is shuffled in a buffer, by `seed` and its `set_epoch`; another comes in its own order. Each
+    worker has its own part of a stream, so that their number matters there.
 
     Raises:
         `ValueError`: if the dataset is too small for a single batch.
@@ -304,17 +345,32 @@ def make_dataloader(
     if isinstance(dataset, StreamedImages):
         if shuffle:
             dataset = dataset.shuffled(seed, buffer_size=max(1000, 10 * batch_size))
-        shuffle = False
+        sampler = None
     elif drop_last and len(dataset) < batch_size:  # type: ignore[arg-type]
         size = len(dataset)  # type: ignore[arg-type]
         raise ValueError(f"The dataset's {size} images are fewer than one batch: `batch_size` is {batch_size}.")
+    else:
+        sampler = SeededSampler(len(dataset), seed, shuffle)  # type: ignore[arg-type]
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
+        sampler=sampler,
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def started(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of `loader`, whose start, with or without workers, takes nothing from torch's global generator.
+
+    A loader may draw the seed of its workers from it; a run that is resumed within an epoch would then draw once more.
+    """
+    batches = iter(loader)
+    with torch.random.fork_rng(devices=[]):
+        first = next(batches, None)
+    if first is not None:
+        yield first
+        yield from batches

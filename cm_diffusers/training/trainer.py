@@ -27,7 +27,7 @@ from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training import checkpoints
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset
+from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset, started
 from cm_diffusers.training.ema import EMA, decay_for_half_life
 from cm_diffusers.training.images import ImageSpec
 from cm_diffusers.training.phases import Phase, make_phases
@@ -267,7 +267,7 @@ class ConsistencyTrainer:
             if hasattr(self.loader, "set_epoch"):
                 self.loader.set_epoch(self.epoch)
             done = self.batches_in_epoch
-            for batch in skip_first_batches(self.loader, done) if done else self.loader:
+            for batch in started(skip_first_batches(self.loader, done) if done else self.loader):
                 self.batches_in_epoch += 1
                 yield batch["images"], self._conditioning(batch)
             if self.batches_in_epoch == 0:

@@ -491,6 +491,28 @@ def test_order_does_not_depend_on_the_global_generator(numbered):
     assert orders[0] == orders[1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_crops_and_flips_depend_on_seed_and_epoch_alone(stream):
+    wide = [np.random.default_rng(i).integers(0, 256, (8, 16, 3), dtype=np.uint8) for i in range(12)]
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(array) for array in wide]})
+    spec = ImageSpec(3, 8, 8, center_crop=False, random_flip=True)
+
+    def epochs(seed, **options):
+        source = table.to_iterable_dataset() if stream else table
+        loader = make_dataloader(prepare_dataset(source, spec), batch_size=4, shuffle=True, seed=seed, **options)
+        for epoch in (0, 1):
+            (loader.dataset if stream else loader.sampler).set_epoch(epoch)
+            yield torch.cat([batch["images"] for batch in loader])
+
+    torch.manual_seed(1)
+    first = list(epochs(seed=3))
+    torch.manual_seed(2)
+    again = list(epochs(seed=3, num_workers=0 if stream else 2))  # each worker shuffles its own part of a stream
+    assert all(map(torch.equal, first, again))
+    pixels = [sorted(map(str, epoch.flatten(1).tolist())) for epoch in (*first, next(epochs(seed=4)))]
+    assert pixels[0] != pixels[1] and pixels[0] != pixels[2]  # and not the order only
+
+
 def test_batches_are_full_unless_the_last_is_kept(numbered):
     assert values(make_dataloader(numbered, batch_size=8, shuffle=False)) == list(range(16))
     assert values(make_dataloader(numbered, batch_size=8, shuffle=False, drop_last=False)) == list(range(20))

@@ -1,12 +1,14 @@
 import json
 import logging
 
+import datasets
 import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from closed_form import Gaussian
 from conftest import build_unet
+from PIL import Image
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.preconditioning import Denoiser
@@ -190,10 +192,17 @@ def test_evaluation_weights_are_an_average_of_their_own(tmp_path):
     assert not torch.equal(weights(pipeline.unet), weights(trainer.target_ema.network))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout):
+def stream_of_images():
+    pixels = ((IMAGES / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    columns = {"image": [Image.fromarray(image.squeeze()) for image in pixels]}
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset(num_shards=2)
+
+
+@pytest.mark.parametrize(("dropout", "streaming"), [(0.0, False), (0.2, False), (0.0, True)])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout, streaming):
     teacher = build_unet(dropout=dropout), diffusers.DDPMScheduler()
-    settings = {"max_train_steps": 14, "checkpoint_steps": 5, "gradient_accumulation_steps": 2, "num_workers": 1}
+    settings = {"max_train_steps": 14, "checkpoint_steps": 5, "gradient_accumulation_steps": 2, "num_workers": 2}
+    settings |= {"random_flip": True, "images": stream_of_images() if streaming else IMAGES}
     whole = make_trainer(tmp_path / "whole", teacher, **settings)
     whole.train()
 
