@@ -85,21 +85,20 @@ def lognormal_probabilities(sigmas: Tensor, p_mean: float, p_std: float) -> Tens
     return probabilities / probabilities.sum()
 
 
-def draw_pairs(
-    sigmas: Tensor, batch_size: int, generator: torch.Generator | None = None, probabilities: Tensor | None = None
-) -> LevelPair:
-    """Draw neighbouring levels of an ascending grid.
+def pairs_at(sigmas: Tensor, position: Tensor, probabilities: Tensor | None = None) -> LevelPair:
+    """Neighbouring levels of an ascending grid, by inversion of their cumulative distribution.
 
     Args:
         sigmas (`Tensor` of shape `(num_levels,)`): the grid.
-        batch_size (`int`): how many pairs.
-        generator (`torch.Generator`, *optional*): a CPU generator.
+        position (`Tensor` of shape `(batch,)`): uniform on [0, 1).
         probabilities (`Tensor` of shape `(num_levels - 1,)`, *optional*): of each pair; uniform when `None`.
     """
+    pairs = len(sigmas) - 1
     if probabilities is None:
-        index = torch.randint(len(sigmas) - 1, (batch_size,), generator=generator)
+        index = (position * pairs).long()
     else:
-        index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+        index = torch.searchsorted(probabilities.cumsum(0), position.to(probabilities.dtype), right=True)
+    index = index.clamp(max=pairs - 1)
     return LevelPair(sigmas[index + 1], sigmas[index])
 
 
@@ -120,10 +119,10 @@ class Levels:
     rho: float = 7.0
     lognormal: tuple[float, float] | None = None
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator | None = None) -> LevelPair:
-        """The pairs of one batch at training step `step`."""
+    def at(self, step: int, position: Tensor) -> LevelPair:
+        """The pairs of one batch at training step `step`, for `position` uniform on [0, 1) and of shape `(batch,)`."""
         grid, probabilities = self._grid(self.num_levels(step))
-        return draw_pairs(grid, batch_size, generator, probabilities)
+        return pairs_at(grid, position, probabilities)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  one run, one grid at a time
     def _grid(self, num_levels: int) -> tuple[Tensor, Tensor | None]:

@@ -322,6 +322,13 @@ def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor,
     return prediction
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for what the device is busy with."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Denoiser:
     """D or f: a network together with its scalings.
 
@@ -346,11 +353,11 @@ class Denoiser:
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=dtype).expand(len(sample))
-        scalings = self.preconditioning.scalings(sigma)
-        c_skip, c_out, input_scale = (s.to(sample.device).view(-1, *[1] * (sample.ndim - 1)) for s in scalings[:3])
+        scalings = Scalings(*(send(s, sample.device) for s in self.preconditioning.scalings(sigma)))
+        c_skip, c_out, input_scale = (s.view(-1, *[1] * (sample.ndim - 1)) for s in scalings[:3])
         network_dtype = getattr(self.network, "dtype", dtype)
         scaled = (sample.to(dtype) / input_scale).to(network_dtype)
-        output = network_output(self.network, scaled, scalings.c_noise.to(sample.device), **conditioning)
+        output = network_output(self.network, scaled, scalings.c_noise, **conditioning)
         return c_skip * sample + c_out * output.to(dtype)
 
 

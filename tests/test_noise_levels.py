@@ -10,9 +10,9 @@ from diffusers import CMStochasticIterativeScheduler
 from cm_diffusers.noise_levels import (
     Levels,
     doubling_num_levels,
-    draw_pairs,
     karras_grid,
     lognormal_probabilities,
+    pairs_at,
     progressive_mu,
     progressive_num_levels,
 )
@@ -123,7 +123,7 @@ def test_lognormal_probabilities_are_the_integrals_of_the_density() -> None:
 
 def test_drawn_pairs_are_neighbours_of_the_grid(generator: torch.Generator) -> None:
     grid = karras_grid(9, 0.002, 80.0)
-    pairs = draw_pairs(grid, 500, generator)
+    pairs = pairs_at(grid, torch.rand(500, generator=generator))
     upper, lower = torch.searchsorted(grid, pairs.sigma), torch.searchsorted(grid, pairs.sigma_lower)
     assert torch.equal(grid[upper], pairs.sigma)
     assert torch.equal(upper, lower + 1)
@@ -131,38 +131,39 @@ def test_drawn_pairs_are_neighbours_of_the_grid(generator: torch.Generator) -> N
 
 def test_pairs_are_drawn_uniformly_by_default(generator: torch.Generator) -> None:
     grid = karras_grid(11, 0.002, 80.0)
-    index = torch.searchsorted(grid, draw_pairs(grid, 20_000, generator).sigma_lower)
+    index = torch.searchsorted(grid, pairs_at(grid, torch.rand(20_000, generator=generator)).sigma_lower)
     assert chi_square(torch.bincount(index, minlength=10), torch.full((10,), 0.1)) < 5
 
 
 def test_pairs_follow_given_probabilities(generator: torch.Generator) -> None:
     grid = karras_grid(11, 0.002, 80.0)
     probabilities = lognormal_probabilities(grid, -1.1, 2.0)
-    index = torch.searchsorted(grid, draw_pairs(grid, 20_000, generator, probabilities).sigma_lower)
+    index = torch.searchsorted(
+        grid, pairs_at(grid, torch.rand(20_000, generator=generator), probabilities).sigma_lower
+    )
     assert chi_square(torch.bincount(index, minlength=10), probabilities) < 5
 
 
-@pytest.mark.parametrize("lognormal", [None, (-1.1, 2.0)])
-def test_draws_depend_on_the_generator_alone(lognormal: tuple[float, float] | None) -> None:
-    levels = Levels(lambda step: 18, 0.002, 80.0, lognormal=lognormal)
-    draws = []
-    for global_seed in (1, 2):
-        torch.manual_seed(global_seed)
-        draws.append(levels.draw(0, 64, torch.Generator().manual_seed(7)))
-    assert torch.equal(draws[0].sigma, draws[1].sigma)
-    assert not torch.equal(draws[0].sigma, levels.draw(0, 64, torch.Generator().manual_seed(8)).sigma)
+@pytest.mark.parametrize("probabilities", [None, torch.tensor([0.25, 0.0, 0.75])])
+def test_ends_of_the_unit_interval_give_the_ends_of_the_grid(probabilities: torch.Tensor | None) -> None:
+    grid = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)  # rounds to 1 in float32
+    assert pairs_at(grid, ends, probabilities).sigma.tolist() == [2.0, 4.0]
+    if probabilities is not None:
+        assert pairs_at(grid, torch.tensor([0.2499, 0.2501]), probabilities).sigma.tolist() == [2.0, 4.0]
 
 
 def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
     levels = Levels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
-    first, second = levels.draw(0, 100, generator), levels.draw(1, 100, generator)
+    positions = torch.rand(100, generator=generator)
+    first, second = levels.at(0, positions), levels.at(1, positions)
     assert set(first.sigma.tolist()) == {80.0}
     assert set(second.sigma.tolist()) == set(karras_grid(3, 0.002, 80.0)[1:].tolist())
-    assert torch.equal(levels.draw(0, 100, generator).sigma, first.sigma)
+    assert torch.equal(levels.at(0, positions).sigma, first.sigma)
 
 
 def test_levels_pass_lognormal_probabilities_on(generator: torch.Generator) -> None:
     grid = karras_grid(11, 0.002, 80.0)
-    drawn = Levels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).draw(0, 20_000, generator)
+    drawn = Levels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).at(0, torch.rand(20_000, generator=generator))
     index = torch.searchsorted(grid, drawn.sigma_lower)
     assert chi_square(torch.bincount(index, minlength=10), lognormal_probabilities(grid, -1.1, 2.0)) < 5

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -25,32 +27,38 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def write_files(folder: Path, write: Callable[[Path], None], is_main: bool, wait: Callable[[], None]) -> None:
-    """Write a checkpoint beside its final place, then move it there. Called by every process.
+def write_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint beside its final place, then move it there. Called by one process.
 
     Args:
         folder (`Path`): the checkpoint's final folder.
         write (`Callable`): writes the files into the folder it is given.
-        is_main (`bool`): whether this process does what only one may do.
-        wait (`Callable`): returns when all processes have called it.
+
+    Raises:
+        `CheckpointError`: if it cannot be written, for instance because the disk is full. Nothing is left of it, and
+            older checkpoints stay.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    if is_main:
+    try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    wait()
-    write(partial)
-    wait()
-    if is_main:
+        write(partial)
         digests = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=2))
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _flush(path)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         _flush(folder.parent)
-    wait()
+    # safetensors has an exception of its own for a full disk.
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        last = next(iter(_newest_first(folder.parent)), None)
+        kept = f"The last checkpoint is {last}." if last else "There is no earlier checkpoint."
+        raise CheckpointError(
+            f"Checkpoint {folder} cannot be written, {free:.0f} MiB are free there: {error}. {kept}"
+        ) from error
 
 
 def prune(root: Path, keep: int) -> None:

@@ -110,6 +110,13 @@ class ConsistencyConfig:
     weight_decay: float = _option(0.0, "decoupled for adamw")
     max_grad_norm: float | None = _option(1.0, "gradient clipping; none: off")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "by default accelerate's own setting")
+    allow_tf32: bool = _option(True, "float32 matrix products in TF32 on GPUs that have it")
+    compile: bool = _option(False, "compile student, target and teacher with torch.compile")
+    channels_last: bool = _option(False, "memory format of networks and images; faster convolutions on most GPUs")
+    gradient_checkpointing: bool = _option(False, "compute activations again in the backward pass, to save memory")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "precision of the frozen teacher")
+    max_bad_steps: int = _option(10, "so many steps in a row without a finite gradient end the run")
+    distributed_timeout: float = _option(1800.0, "seconds that processes wait for each other before they give up")
     seed: int = _option(0, "seed of everything random")
     ema_half_life: float = _option(500_000, "half-life of the evaluation weights, in images")
     ema_rampup: float | None = _option(0.05, "limits the half-life to this part of the images seen; none: no limit")
@@ -156,7 +163,8 @@ class ConsistencyConfig:
     def _check_numbers(self) -> None:
         positive = (
             "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
-            "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit s0"
+            "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit "
+            "s0 max_bad_steps distributed_timeout"
         )
         for name in positive.split():
             self._require(name, lambda value: value > 0, "positive")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
+import hashlib
 import itertools
 import logging
 import math
@@ -12,16 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from cm_diffusers.training.images import IMAGE_COLUMNS, BadImage, ImageSpec, ImageTransform, check_label
 
 logger = logging.getLogger(__name__)
 
-FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Decoded images are kept, in each worker, when all of them fit in so many bytes: small images cost more to decode
 # than to train on.
 CACHE_BYTES = 64 * 2**20
@@ -120,9 +119,7 @@ def prepare_dataset(
         if len(bad) and on_bad_image == "error":
             raise ValueError(f"The image of row {int(bad[0])} holds values that are not finite.")
         dataset = TensorDataset(dataset)
-    # A dataset with a transform of the user's gives what the transform makes, whatever its columns are.
-    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
-    is_column_data = hasattr(dataset, "column_names") and not transformed
+    is_column_data = _has_columns(dataset)
     streamed = isinstance(dataset, IterableDataset) or (is_column_data and not hasattr(dataset, "__len__"))
     if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(f"`dataset` must be a dataset or a tensor of images, got {type(dataset).__name__}.")
@@ -137,6 +134,12 @@ def prepare_dataset(
     prepared: Dataset[dict[str, Tensor]] = make(dataset, transform, skip_bad=on_bad_image == "skip")
     prepared.check_first()  # type: ignore[attr-defined]
     return prepared
+
+
+def _has_columns(dataset: Any) -> bool:
+    """Whether this is a dataset of `datasets`. One with a transform of the user's gives what that makes instead."""
+    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+    return hasattr(dataset, "column_names") and not transformed
 
 
 def _select_columns(
@@ -209,24 +212,40 @@ class MappedImages(_Images, Dataset[dict[str, Tensor]]):
 
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         super().__init__(dataset, transform, skip_bad)
+        is_table = _has_columns(dataset)
+        self._changes = not is_table and not isinstance(dataset, TensorDataset)
         fits = len(dataset) * math.prod(transform.spec.shape) * 4 <= CACHE_BYTES and transform.spec.center_crop
         # Only columns are known to give the same image every time, and to need decoding.
-        self._cache: dict[int, dict[str, Tensor]] | None = {} if fits and hasattr(dataset, "column_names") else None
+        self._cache: dict[int, dict[str, Tensor]] | None = {} if fits and is_table else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        """Row `index`, cropped and flipped by torch's global generator, or by the seed in `(index, seed)`."""
+        """Row `index`, cropped and flipped by torch's global generator; or, for `(row, seed)`, by a generator of that
+        seed, which the item then carries."""
         row, seed = index if isinstance(index, tuple) else (index, None)
         if not -len(self) <= row < len(self):
             raise IndexError(f"The dataset has {len(self)} images; there is no row {row}.")
-        rng = None if seed is None else torch.Generator().manual_seed(seed)
-        return self.transform.augment(self._next_good(row % len(self)), rng)
+        item = self._next_good(row % len(self))
+        if seed is None:
+            return self.transform.augment(item, None)
+        augmented = self.transform.augment(item, torch.Generator().manual_seed(seed))
+        return {**augmented, "seed": torch.tensor(seed)}
 
     def check_first(self) -> None:
         """Raise what the first image has against it."""
         self._next_good(0)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this dataset from another: its length, and a digest of some of its images.
+
+        A torch dataset may give other images each time: it has no digest.
+        """
+        if self._changes:
+            return {"rows": len(self)}
+        rows = sorted({(len(self) - 1) * part // 15 for part in range(16)})
+        return {"rows": len(self), "digest": _digest(self._next_good(row) for row in rows)}
 
     def _next_good(self, index: int) -> dict[str, Tensor]:
         tries = min(len(self), MOST_BAD_IN_A_ROW)
@@ -250,29 +269,41 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         super().__init__(dataset, transform, skip_bad)
         self._held: list[Any] = []
-        self._seed = 0
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live for many epochs
-
-    def set_epoch(self, epoch: int) -> None:
-        """Other crops and flips for another epoch, and another order if the dataset has one."""
-        self._epoch.fill_(epoch)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def shuffled(self, seed: int, buffer_size: int) -> StreamedImages:
-        """The same images in another order, if this is a dataset of `datasets`; others keep the order they come in."""
-        result = copy.copy(self)
-        result._seed = seed
-        if hasattr(self.dataset, "column_names"):
-            result.dataset = self.dataset.shuffle(seed=seed, buffer_size=buffer_size)
-        return result
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The images in the order they come, cropped and flipped alike every time."""
+        for index, item in self._good(self._raw()):
+            yield self.transform.augment(item, torch.Generator().manual_seed(index))
+
+    def shards_of_a_rank(self, world_size: int) -> int | None:
+        """How many workers of one process have something to read; `None` if this is not a dataset of `datasets`."""
+        shards = getattr(self.dataset, "num_shards", None)
+        if shards is None or shards % world_size:
+            return shards
+        return int(shards // world_size)
+
+    def part(
+        self, epoch: int, seed: int, buffer_size: int, rank: int, world_size: int, start: int
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """One process's images of a pass, with their index, from the index `start` on.
+
+        A dataset of `datasets` is shuffled and gives whole shards to the processes where their number allows. Another
+        keeps the order it comes in (or has for this epoch, if it has a `set_epoch`), and is dealt out in turn.
+        """
+        if hasattr(self.dataset, "column_names"):
+            from datasets.distributed import split_dataset_by_node
+
+            shuffled = self.dataset.shuffle(seed=seed, buffer_size=buffer_size)
+            stream: Iterable[Any] = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
+        else:
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            stream = itertools.islice(self._raw(), rank, None, world_size)
+        return self._good(stream, start)
+
+    def _raw(self) -> Iterable[Any]:
         held, self._held = self._held, []
-        worker = get_worker_info()
-        rng = seeded_generator(self._seed, int(self._epoch), 0 if worker is None else worker.id)
-        for item in self._good(itertools.chain(held, self.dataset)):
-            yield self.transform.augment(item, rng)
+        return itertools.chain(held, self.dataset)
 
     def check_first(self) -> None:
         """Raise what the first image has against it. Nothing is lost, even of a stream that can be read only once."""
@@ -284,93 +315,29 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
         if iter(self.dataset) is stream:
             self._held = taken
 
-    def _good(self, stream: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+    def identity(self) -> dict[str, Any]:
+        """What tells this dataset from another: its shards, and a digest of its first image if it can be reread."""
+        shards = self.shards_of_a_rank(1)
+        if self._held:
+            return {"shards": shards}
+        first = next(self._good(iter(self.dataset)), None)
+        return {"shards": shards, "digest": _digest([] if first is None else [first[1]])}
+
+    def _good(self, stream: Iterable[Any], start: int = 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
         in_a_row = 0
         for index, raw in enumerate(stream):
+            if index < start:
+                continue
             item = self._read_or_skip(index, raw, f"item {index} of the stream")
             in_a_row = in_a_row + 1 if item is None else 0
             if in_a_row == MOST_BAD_IN_A_ROW:
                 raise ValueError(f"None of {in_a_row} images in a row, up to item {index} of the stream, can be read.")
             if item is not None:
-                yield item
+                yield index, item
 
 
-class SeededSampler(Sampler[tuple[int, int]]):
-    """Every row once, each with a seed for its crop and flip. Both depend on the seed and the epoch alone.
-
-    So an image is the same in whichever process, worker or resumed run it is read. Each pass over it is an epoch. The
-    order is that of accelerate's seedable sampler.
-    """
-
-    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
-        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = torch.randperm(self.length, generator=rng) if self.shuffle else torch.arange(self.length)
-        seeds = torch.randint(2**62, (self.length,), generator=rng)
-        yield from zip(rows.tolist(), seeds.tolist(), strict=True)
-        self.epoch += 1
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A generator of its own for every tuple of whole numbers."""
-    sequence = np.random.SeedSequence([number % 2**64 for number in numbers])
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-
-
-def make_dataloader(
-    dataset: Dataset[dict[str, Tensor]],
-    *,
-    batch_size: int,
-    shuffle: bool,
-    num_workers: int = 0,
-    seed: int = 0,
-    drop_last: bool = True,
-) -> DataLoader[dict[str, Tensor]]:
-    """Batches of a prepared dataset. Order, crops and flips depend on `seed` and on the epoch.
-
-    A stream of `datasets` is shuffled in a buffer, by `seed` and its `set_epoch`; another comes in its own order. Each
-    worker has its own part of a stream, so that their number matters there.
-
-    Raises:
-        `ValueError`: if the dataset is too small for a single batch.
-    """
-    if isinstance(dataset, StreamedImages):
-        if shuffle:
-            dataset = dataset.shuffled(seed, buffer_size=max(1000, 10 * batch_size))
-        sampler = None
-    elif drop_last and len(dataset) < batch_size:  # type: ignore[arg-type]
-        size = len(dataset)  # type: ignore[arg-type]
-        raise ValueError(f"The dataset's {size} images are fewer than one batch: `batch_size` is {batch_size}.")
-    else:
-        sampler = SeededSampler(len(dataset), seed, shuffle)  # type: ignore[arg-type]
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        drop_last=drop_last,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def started(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of `loader`, whose start, with or without workers, takes nothing from torch's global generator.
-
-    A loader may draw the seed of its workers from it; a run that is resumed within an epoch would then draw once more.
-    """
-    batches = iter(loader)
-    with torch.random.fork_rng(devices=[]):
-        first = next(batches, None)
-    if first is not None:
-        yield first
-        yield from batches
+def _digest(items: Iterable[dict[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item["images"].contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -58,7 +58,8 @@ class LPIPS(nn.Module):
         self.value_range = value_range
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        distances: Tensor = self.network(self._prepare(x), self._prepare(y))
+        with torch.autocast(x.device.type, enabled=False):
+            distances: Tensor = self.network(self._prepare(x), self._prepare(y))
         return distances.flatten()
 
     def _prepare(self, images: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class EMA:
@@ -22,14 +24,32 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, decay: float) -> None:
         """`ema <- decay * ema + (1 - decay) * network`, all weights at once. Buffers are copied."""
-        own: list[torch.Tensor] = list(self.network.parameters())
-        torch._foreach_lerp_(own, [p.detach().float() for p in network.parameters()], 1 - decay)
+        own = [_own_part(parameter) for parameter in self.network.parameters()]
+        torch._foreach_lerp_(own, [_own_part(p.detach()).float() for p in network.parameters()], 1 - decay)
         for buffer, source in zip(self.network.buffers(), network.buffers(), strict=True):
             buffer.copy_(source)
 
     def restart(self, network: nn.Module) -> None:
         """Forget the past."""
         self.update(network, decay=0.0)
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor; an average is the same for each part."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def whole(network: nn.Module) -> nn.Module:
+    """A network that is not sharded: itself, or a copy from the parts of all processes. Called by all of them."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        return network
+    plain: Any = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        copied: nn.Module = plain.from_config(network.config)
+    tensors = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in network.state_dict().items()}
+    copied.load_state_dict(tensors, assign=True)
+    return copied.eval()
 
 
 def decay_for_half_life(half_life: float, batch_size: int, images_seen: int, rampup: float | None) -> float:

@@ -49,8 +49,6 @@ def make_phases(
         student (`nn.Module`): the network that is trained, as accelerate wraps it.
         target_ema ([`~cm_diffusers.training.ema.EMA`], *optional*): the target's weights; the student's own if `None`.
     """
-    if teacher is not None:
-        teacher.unet.to(device)
     if target_ema is not None:
         target_ema.network.train()  # the dropout of the student
     f = Denoiser(student, scheduler.boundary)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.preconditioning import send
+
 Denoise = Callable[..., Tensor]
 Solver = Callable[..., Tensor]
 
 
 def expand(sigma: Tensor | float, sample: Tensor) -> Tensor:
     """`sigma` of shape `(batch,)` or `()`, ready to multiply `sample`."""
-    sigma = torch.as_tensor(sigma, dtype=sample.dtype).to(sample.device)
+    sigma = send(torch.as_tensor(sigma, dtype=sample.dtype), sample.device)
     return sigma.view(-1, *[1] * (sample.ndim - 1))
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.image_grid import save_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.preconditioning import send
 from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.objectives import Losses
 
 logger = logging.getLogger(__name__)
 
@@ -28,68 +36,151 @@ def start_tracker(accelerator: Accelerator, config: ConsistencyConfig) -> None:
     accelerator.init_trackers("cm_diffusers", config=values)
 
 
+class Clock:
+    """The time that each part of a step takes, on the device, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        end = self._now()
+        if self.on_gpu:
+            self._events.append((part, start, end))
+        else:
+            self._seconds[part] += end - start
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since the last call."""
+        for part, start, end in self._events:
+            end.synchronize()
+            self._seconds[part] += start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = dict(self._seconds), defaultdict(float), []
+        return seconds
+
+
 class Meter:
     """Collects the numbers of each step on the device, and reads them only when they are logged.
 
     Args:
         accelerator (`Accelerator`): averages over ranks, and logs.
         batch_size (`int`): images per step over all devices.
+        sigma_range (`tuple[float, float]`): the noise levels of the run, which the loss is binned over.
+        num_bins (`int`): as many, of equal width in ln sigma.
     """
 
-    def __init__(self, accelerator: Accelerator, batch_size: int) -> None:
-        self.accelerator, self.batch_size = accelerator, batch_size
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._seconds = 0.0
-        self._clock = time.perf_counter()
+    def __init__(
+        self, accelerator: Accelerator, batch_size: int, sigma_range: tuple[float, float], num_bins: int = 8
+    ) -> None:
+        self.accelerator, self.batch_size, self.num_bins = accelerator, batch_size, num_bins
+        self.clock = Clock(accelerator.device)
+        low, high = map(math.log, sigma_range)
+        self._edges = torch.linspace(low, high, num_bins + 1).exp()
+        self._restart()
 
-    def update(self, loss: Tensor, norm: Tensor) -> None:
-        """Take in a step."""
-        self._losses.append(loss)
-        self._norms.append(norm.detach())
+    def _restart(self) -> None:
+        # Sums of the finite losses of every bin, and how many there are; sum of the finite norms, and how many.
+        self._losses = torch.zeros(2, self.num_bins, device=self.accelerator.device)
+        self._norms = torch.zeros(2, device=self.accelerator.device)
+        self._steps = 0
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out what took time since the last step: it was not training."""
-        self._clock = time.perf_counter()
+        self._start = time.perf_counter()
+
+    def add_losses(self, losses: Losses) -> None:
+        """Take in a micro-step."""
+        values = losses.values.detach().float()
+        bins = send(torch.bucketize(losses.sigma.float(), self._edges[1:-1]), values.device)
+        finite = values.isfinite()
+        self._losses.index_add_(1, bins, torch.stack([torch.where(finite, values, 0.0), finite.float()]))
+
+    def add_step(self, norm: Tensor) -> None:
+        """Take in the gradient's norm, at the end of a step."""
+        finite = norm.isfinite()
+        self._norms += torch.stack([torch.where(finite, norm.float(), 0.0), finite.float()])
+        self._steps += 1
 
     def log(self, phase: str, step: int, values: dict[str, float], bar: tqdm) -> None:
-        """Log the means since the last call, and start again."""
-        loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()
-        norm = torch.stack(self._norms).mean().item()
-        seconds = time.perf_counter() - self._clock
-        speed = len(self._losses) * self.batch_size / max(seconds, 1e-9)
-        everything = {"loss": loss, "grad_norm": norm, "images_per_second": speed, **values}
+        """Log the means since the last call, and start again. Called by all processes."""
+        sums, counts = self.accelerator.reduce(self._losses, "sum").tolist()
+        norm, good_steps = self._norms.tolist()
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        everything = {
+            "loss": sum(sums) / sum(counts) if sum(counts) else math.nan,
+            "grad_norm": norm / good_steps if good_steps else math.nan,
+            "images_per_second": self._steps * self.batch_size / seconds,
+            "memory_gib": _memory(self.accelerator.device) / 2**30,
+            **values,
+        }
+        edges = [f"{edge:.3g}" for edge in self._edges.tolist()]
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                everything[f"loss_at_sigma/{edges[index]}-{edges[index + 1]}"] = total / count
+        parts = self.clock.read()
+        for part, spent in {**parts, "rest": seconds - sum(parts.values())}.items():
+            everything[f"milliseconds/{part}"] = 1000 * spent / max(self._steps, 1)
         self.accelerator.log({f"{phase}/{name}": value for name, value in everything.items()}, step=step)
         shown = {
-            "loss": f"{loss:.4g}",
+            "loss": f"{everything['loss']:.4g}",
             "N": values.get("num_levels"),
             "lr": f"{values['lr']:.2g}",
-            "img/s": f"{speed:.0f}",
+            "img/s": f"{everything['images_per_second']:.0f}",
         }
+        if values.get("skipped_steps"):
+            shown["skipped"] = values["skipped_steps"]
         bar.set_postfix({name: value for name, value in shown.items() if value is not None})
-        self._losses.clear()
-        self._norms.clear()
-        self.restart_clock()
+        self._restart()
+
+
+def _memory(device: torch.device) -> int:
+    """The most bytes in use so far on a GPU, or those of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def log_samples(
     accelerator: Accelerator, pipeline: ConsistencyPipeline, config: ConsistencyConfig, step: int, folder: Path
 ) -> None:
-    """Sample a grid of images for each number of steps, from the same noise every time. On the main process."""
-    if not accelerator.is_main_process:
-        return
+    """Sample a grid of images for each number of steps, from the same noise every time. All processes draw a share.
+
+    Every image has its own generator: the run's random numbers stay as they are, and the number of processes does not
+    matter.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    # Every image has its own generator, so that the run's random numbers stay as they are.
+    mine = range(accelerator.process_index, config.num_samples, accelerator.num_processes)
+    labels = _labels(pipeline, config.num_samples)
     for nfe in config.sample_nfes:
-        images = pipeline(
-            batch_size=config.num_samples,
-            class_labels=_labels(pipeline, config.num_samples),
-            num_inference_steps=nfe,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(config.num_samples)],
-            output_type="np",
-        ).images
-        save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
-        _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
+        drawn = []
+        for start in range(0, len(mine), config.batch_size):
+            part = mine[start : start + config.batch_size]
+            drawn += list(
+                pipeline(
+                    batch_size=len(part),
+                    class_labels=None if labels is None else [labels[index] for index in part],
+                    num_inference_steps=nfe,
+                    generator=[torch.Generator().manual_seed(index) for index in part],
+                    output_type="np",
+                ).images
+            )
+        pairs = gather_object(list(zip(mine, drawn, strict=True)))
+        if accelerator.is_main_process:
+            images = np.stack([image for _, image in sorted(pairs, key=lambda pair: pair[0])])
+            save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
+            _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
 
 
 def _labels(pipeline: ConsistencyPipeline, count: int) -> list[int] | None:

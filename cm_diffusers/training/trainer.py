@@ -14,24 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
-from cm_diffusers.training import checkpoints
+from cm_diffusers.training import checkpoints, state
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset, started
-from cm_diffusers.training.ema import EMA, decay_for_half_life
+from cm_diffusers.training.data import load_image_dataset, prepare_dataset
+from cm_diffusers.training.ema import EMA, decay_for_half_life, whole
+from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.images import ImageSpec
+from cm_diffusers.training.loading import Batches, first_images
+from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.phases import Phase, make_phases
-from cm_diffusers.training.runtime import check_writable, make_accelerator, make_optimizer
+from cm_diffusers.training.randomness import SampleRandom, mixed
+from cm_diffusers.training.runtime import (
+    check_writable,
+    in_precision,
+    lay_out,
+    make_accelerator,
+    make_optimizer,
+    on_main,
+    shard_like_student,
+    take_step,
+)
 from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
 from cm_diffusers.training.student import make_student
 from cm_diffusers.training.teacher import Teacher, check_teacher, load_teacher
@@ -42,9 +54,12 @@ logger = logging.getLogger(__name__)
 # What may differ between a checkpoint's config and the run that resumes it.
 FREE_TO_CHANGE = frozenset(
     "output_dir resume logging_steps sample_steps num_samples sample_nfes tracker checkpoint_steps checkpoint_limit "
-    "teacher_check few_step_sigmas on_bad_image".split()
+    "teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout "
+    # How the work is done, not what is computed, up to rounding; the global batch is compared instead of its parts.
+    "batch_size gradient_accumulation_steps num_workers allow_tf32 compile channels_last "
+    "gradient_checkpointing".split()
 )
-MAX_BAD_STEPS = 10
+DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
 class ConsistencyTrainer:
@@ -79,26 +94,25 @@ class ConsistencyTrainer:
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
         unet, self.scheduler = self._make_student()
         self.dataset = self._prepare_data(train_dataset, unet)
+        self.dataset_identity = self.dataset.identity()
         set_seed(config.seed, device_specific=True)
 
-        device = self.accelerator.device
-        unet = unet.to(device).train()
-        self.ema = EMA(unet)
-        self.target_ema = EMA(unet) if config.target == "ema" and config.mu else None
-        loader = make_dataloader(
-            self.dataset, batch_size=config.batch_size, shuffle=True, num_workers=config.num_workers, seed=config.seed
-        )
-        optimizer = make_optimizer(config, unet)
-        self.student, self.optimizer, self.loader = self.accelerator.prepare(unet, optimizer, loader)
-        self.unet = self.accelerator.unwrap_model(self.student)
-
+        self._prepare_networks(unet)
         scheduler_config = self.scheduler.config
         self.levels = make_levels(config, scheduler_config.sigma_min, scheduler_config.sigma_max, scheduler_config.rho)
         self.mu = mu_schedule(config, self.levels)
         self.phases = make_phases(
             config, self.teacher, self.scheduler, self.levels, self.student, self.target_ema, self.accelerator.device
         )
-        self.step = self.epoch = self.batches_in_epoch = self.bad_steps = 0
+        self.batches = Batches(
+            self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )  # fmt: skip
+        self.step = 0
+        self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
+        self.meter = Meter(
+            self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
+        )
 
     # Preparation ----------------------------------------------------------------------------------------------------
 
@@ -156,16 +170,26 @@ class ConsistencyTrainer:
         num_classes = unet.config.num_class_embeds
         if num_classes is None and config.label_column is not None:
             raise ValueError("`label_column` was given, but the network is not class-conditional.")
-        prepared = prepare_dataset(
+        return prepare_dataset(
             dataset, spec, image_column=config.image_column, label_column=config.label_column,
             on_bad_image=config.on_bad_image, num_classes=num_classes,
         )  # fmt: skip
-        needed = config.batch_size * self.accelerator.num_processes
-        if hasattr(prepared, "__len__") and len(prepared) < needed:
-            raise ValueError(
-                f"The dataset's {len(prepared)} images are fewer than one batch of {needed} (all devices)."
-            )
-        return prepared
+
+    def _prepare_networks(self, unet: Any) -> None:
+        config = self.config
+        unet = lay_out(config, unet.to(self.accelerator.device).train())
+        if self.teacher is not None:
+            self.teacher.unet = lay_out(config, in_precision(self.teacher.unet.to(self.accelerator.device), config))
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.ema = EMA(unet)
+        self.target_ema = EMA(unet) if config.target == "ema" and config.mu else None
+        if self.target_ema is not None:
+            lay_out(config, self.target_ema.network)
+        self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
+        self.unet = self.accelerator.unwrap_model(self.student)
+        for average in self._averages().values():
+            shard_like_student(self.accelerator, average.network)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -173,33 +197,48 @@ class ConsistencyTrainer:
         """Run to the end, save the student to `config.output_dir` and return it as a pipeline.
 
         The saved weights are the evaluation EMA's.
+
+        Raises:
+            `Preempted`: a `SystemExit` with code 75, after SIGTERM; a checkpoint was written.
+            `FloatingPointError`: when too many steps in a row had no finite gradient.
+            `CheckpointError`: if the checkpoint to resume from is damaged, or one cannot be written.
         """
         total = self.phases[-1].start + self.phases[-1].steps
         self._resume()
         self._check_teacher()
         start_tracker(self.accelerator, self.config)
-        meter = Meter(self.accelerator, self.global_batch_size)
-        bar = tqdm(
-            total=total, initial=self.step, disable=not self.accelerator.is_main_process, desc="train", smoothing=0
-        )
-        batches = self._batches()
-        while self.step < total:
-            phase = next(p for p in self.phases if self.step < p.start + p.steps)
-            if self.step == phase.start:
-                self._enter(phase, bar)
-            loss, norm = self._optimise(phase, batches)
-            meter.update(loss, norm)
-            self._follow(phase)
-            self.step += 1
-            bar.update()
-            self._report(phase, meter, bar)
-        bar.close()
-        self.accelerator.wait_for_everyone()
+        hidden = not self.accelerator.is_main_process
+        batches = iter(self.batches)
+        self.meter.restart_clock()
+        with (
+            tqdm(total=total, initial=self.step, disable=hidden, desc="train", smoothing=0) as bar,
+            self.watch.listening(),
+        ):
+            while self.step < total:
+                phase = next(p for p in self.phases if self.step < p.start + p.steps)
+                if self.step == phase.start:
+                    self._enter(phase, bar)
+                record = self._optimise(phase, batches)
+                self._follow(phase)
+                self.step += 1
+                bar.update()
+                stop = self.watch.after(record)
+                self._report(phase, bar)
+                if stop:
+                    self._stop()
+        self.watch.settle()
         pipeline = self.pipeline()
-        if self.accelerator.is_main_process:
-            self.save(pipeline)
+        on_main(self.accelerator, lambda: self.save(pipeline))
         self.accelerator.end_training()
         return pipeline
+
+    def _stop(self) -> None:
+        self.watch.settle()
+        folder = self.save_checkpoint()
+        self.accelerator.end_training()
+        message = f"Asked to end (SIGTERM): the run is saved in {folder}, go on with `resume: auto`."
+        logger.warning(message)
+        raise Preempted(message)
 
     @property
     def global_batch_size(self) -> int:
@@ -213,43 +252,54 @@ class ConsistencyTrainer:
         if self.target_ema is not None:
             self.target_ema.restart(self.unet)
 
-    def _optimise(self, phase: Phase, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
-        """One optimiser step over all its micro-steps. Returns the mean loss and the gradient's norm."""
+    def _optimise(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
+        """One optimiser step over all its micro-steps."""
         step = self.step - phase.start
         rate = learning_rate(step, phase.steps, phase.learning_rate, phase.lr_schedule, phase.lr_warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = []
-        norm = torch.zeros(())
-        for _ in range(self.config.gradient_accumulation_steps):
-            images, conditioning = next(batches)
+        inputs: list[dict[str, Tensor]] = []
+        means = []
+        norm = torch.zeros((), device=self.accelerator.device)
+        for micro in range(self.config.gradient_accumulation_steps):
+            with self.meter.clock("data"):
+                inputs.append(self._next(batches))
+            torch.manual_seed(mixed(DROPOUT, self.config.seed, self.step, micro, self.accelerator.process_index))
             with self.accelerator.accumulate(self.student):
-                with self.accelerator.autocast():
-                    loss = phase.objective.loss(images, step, **conditioning)
-                self.accelerator.backward(loss)
-                losses.append(loss.detach())
-                if self.accelerator.sync_gradients:
-                    limit = self.config.max_grad_norm or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.student.parameters(), limit)
-                    # A scaler skips bad steps itself, and has to see them to lower its scale.
-                    if self._is_finite(norm) or self.accelerator.scaler is not None:
-                        self.optimizer.step()
-                self.optimizer.zero_grad()
-        return torch.stack(losses).mean(), norm
+                with self.meter.clock("forward"):
+                    losses = self._losses(phase, step, inputs[-1])
+                with self.meter.clock("backward"):
+                    loss = losses.values.mean()
+                    self.accelerator.backward(loss)
+                self.meter.add_losses(losses)
+                means.append(loss.detach())
+                with self.meter.clock("optimizer"):
+                    if self.accelerator.sync_gradients:
+                        norm = self._gradient_norm()
+                        take_step(self.optimizer, ~norm.isfinite())
+                    self.optimizer.zero_grad()
+        self.meter.add_step(norm)
+        values = {"phase": phase.name, "learning_rate": rate, "config": self.config.to_dict()}
+        return StepRecord(self.step, inputs, torch.stack(means), norm, ~norm.isfinite(), values)
 
-    def _is_finite(self, norm: Tensor) -> bool:
-        """Whether the gradient may reach the weights."""
-        if torch.isfinite(norm):
-            self.bad_steps = 0
-            return True
-        self.bad_steps += 1
-        logger.warning("Step %d: the gradient is not finite; the step is skipped.", self.step)
-        if self.bad_steps >= MAX_BAD_STEPS and self.accelerator.scaler is None:
-            raise FloatingPointError(
-                f"{self.bad_steps} steps in a row had a gradient that is not finite. The weights are those of the "
-                "last good step; lower the learning rate, or look at the images."
-            )
-        return False
+    def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(f"The dataset ended at step {self.step}: it cannot be read again, or is below one batch.")
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True, skip_keys=["seed"])
+        if self.config.channels_last:
+            batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def _losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
+        images, random = batch["images"], SampleRandom(batch["seed"], batch["images"].device)
+        with self.accelerator.autocast():
+            return phase.objective.losses(images, step, random, **self._conditioning(batch, random))
+
+    def _gradient_norm(self) -> Tensor:
+        """Clip the gradient; returns its norm before."""
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _follow(self, phase: Phase) -> None:
         """Move the averages towards the new weights."""
@@ -262,24 +312,12 @@ class ConsistencyTrainer:
         batch, config = self.global_batch_size, self.config
         return decay_for_half_life(config.ema_half_life, batch, (step + 1) * batch, config.ema_rampup)
 
-    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        while True:
-            if hasattr(self.loader, "set_epoch"):
-                self.loader.set_epoch(self.epoch)
-            done = self.batches_in_epoch
-            for batch in started(skip_first_batches(self.loader, done) if done else self.loader):
-                self.batches_in_epoch += 1
-                yield batch["images"], self._conditioning(batch)
-            if self.batches_in_epoch == 0:
-                raise ValueError("The dataset gave no batch: it holds fewer images than one batch.")
-            self.epoch, self.batches_in_epoch = self.epoch + 1, 0
-
-    def _conditioning(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _conditioning(self, batch: dict[str, Tensor], random: SampleRandom) -> dict[str, Tensor]:
         labels = batch.get("class_labels")
         if labels is None or self.unet.config.num_class_embeds is None:
             return {}
         if self.config.label_dropout:
-            dropped = torch.rand(len(labels), device=labels.device) < self.config.label_dropout
+            dropped = send(random.uniform() < self.config.label_dropout, labels.device)
             labels = labels.masked_fill(dropped, self.config.null_class_label or 0)
         return {"class_labels": labels}
 
@@ -288,36 +326,37 @@ class ConsistencyTrainer:
         if self.teacher is None or not self.config.teacher_check or self.config.source != "teacher":
             return
         # 64 images of 64 x 64 x 4, and more where they are smaller.
-        first = next(iter(make_dataloader(self.dataset, batch_size=1, shuffle=False, num_workers=0, seed=0)))
-        count = max(8, min(256, 2**20 // first["images"].numel()))
-        loader = make_dataloader(self.dataset, batch_size=count, shuffle=False, num_workers=0, seed=0, drop_last=False)
-        batch = {name: value.to(self.accelerator.device) for name, value in next(iter(loader)).items()}
+        count = max(8, min(256, 2**20 // math.prod(self.dataset.transform.spec.shape)))
+        batch = send_to_device(first_images(self.dataset, count), self.accelerator.device)
         labels = batch.get("class_labels")
         conditional = labels is not None and self.unet.config.num_class_embeds is not None
         check_teacher(self.teacher, batch["images"], **({"class_labels": labels} if conditional else {}))
 
     # What a run leaves behind ---------------------------------------------------------------------------------------
 
-    def _report(self, phase: Phase, meter: Meter, bar: tqdm) -> None:
+    def _report(self, phase: Phase, bar: tqdm) -> None:
         config, step, done = self.config, self.step, self.step - phase.start
         last = done == phase.steps
         if step % config.logging_steps == 0 or last:
-            values = {"lr": self.optimizer.param_groups[0]["lr"], "ema_decay": self._ema_decay(done - 1)}
+            values = {
+                "lr": self.optimizer.param_groups[0]["lr"], "ema_decay": self._ema_decay(done - 1),
+                "skipped_steps": self.watch.skipped,
+            }  # fmt: skip
             if phase is self.phases[-1]:
                 values["num_levels"] = self.levels.num_levels(done - 1)
                 values["mu"] = self.mu(done - 1) if self.target_ema is not None else 0.0
-            meter.log(phase.name, step, values, bar)
+            self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
             log_samples(self.accelerator, self.pipeline(), config, step, self.output_dir / "samples")
-            meter.restart_clock()
+            self.meter.restart_clock()
         if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or (last and phase is self.phases[-1])):
             self.save_checkpoint()
-            meter.restart_clock()
+            self.meter.restart_clock()
 
     def pipeline(self) -> ConsistencyPipeline:
-        """The student with its evaluation weights."""
+        """The student with its evaluation weights. Called on all ranks."""
         scheduler = ConsistencyScheduler.from_config(self.scheduler.config)
-        return ConsistencyPipeline(self.ema.network, scheduler, self.config.null_class_label)
+        return ConsistencyPipeline(whole(self.ema.network), scheduler, self.config.null_class_label)
 
     def save(self, pipeline: ConsistencyPipeline) -> None:
         """Save the student beside its final place, then move it there: an older one is whole until then."""
@@ -333,25 +372,31 @@ class ConsistencyTrainer:
             shutil.rmtree(partial, ignore_errors=True)
 
     def save_checkpoint(self) -> Path:
-        """Write everything that the next step depends on. Called on all ranks."""
-        accelerator = self.accelerator
-        folder = checkpoints.checkpoint_path(self.output_dir / "checkpoints", self.step)
-        checkpoints.write_files(folder, self._write_state, accelerator.is_main_process, accelerator.wait_for_everyone)
-        if accelerator.is_main_process:
-            checkpoints.prune(folder.parent, self.config.checkpoint_limit)
-        return folder
+        """Write everything that the next step depends on, and drop old checkpoints. Called on all ranks.
 
-    def _write_state(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder / "accelerate"))
-        if not self.accelerator.is_main_process:
-            return
-        for name, average in self._averages().items():
-            save_file(average.network.state_dict(), folder / f"{name}.safetensors")
-        state = {
-            "step": self.step, "epoch": self.epoch, "batches_in_epoch": self.batches_in_epoch,
-            "num_processes": self.accelerator.num_processes, "config": self.config.to_dict(),
+        Raises:
+            `CheckpointError`: if it cannot be written. Older ones stay.
+        """
+        folder = checkpoints.checkpoint_path(self.output_dir / "checkpoints", self.step)
+        networks = {"student": self.student} | {name: average.network for name, average in self._averages().items()}
+        weights = {name: state.whole_weights(network) for name, network in networks.items()}
+        optimizer = state.whole_optimizer(self.student, self.optimizer.optimizer)
+        scaler = self.accelerator.scaler
+        run = {
+            **self._run(), "step": self.step, "data": gather_object([self.batches.state()]),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
-        (folder / checkpoints.STATE).write_text(json.dumps(state, indent=2))
+
+        def write(partial: Path) -> None:
+            state.write(partial, weights, optimizer)
+            (partial / checkpoints.STATE).write_text(json.dumps(run, indent=2))
+
+        def write_and_prune() -> None:
+            checkpoints.write_files(folder, write)
+            checkpoints.prune(folder.parent, self.config.checkpoint_limit)
+
+        on_main(self.accelerator, write_and_prune)
+        return folder
 
     def _averages(self) -> dict[str, EMA]:
         return {"ema": self.ema} | ({"target": self.target_ema} if self.target_ema is not None else {})
@@ -359,28 +404,55 @@ class ConsistencyTrainer:
     def _resume(self) -> None:
         if self.config.resume is None:
             return
-        found = checkpoints.find(self.config.resume, self.output_dir / "checkpoints")
+        resume, root = self.config.resume, self.output_dir / "checkpoints"
+        run = self._run()
+        found = on_main(self.accelerator, lambda: find_matching(resume, root, run))
         if found is None:
             logger.info("No checkpoint in %s: starting anew.", self.output_dir)
             return
-        folder, state = found
-        self._check_same_run(folder, state)
-        self.accelerator.load_state(str(folder / "accelerate"))
-        for name, average in self._averages().items():
-            average.network.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        self.step, self.epoch, self.batches_in_epoch = (state[k] for k in ("step", "epoch", "batches_in_epoch"))
+        folder, saved = found
+        is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
+        networks = {"student": self.student} | {name: average.network for name, average in self._averages().items()}
+        for name, network in networks.items():
+            state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
+        state.restore_optimizer(self.student, self.optimizer.optimizer, folder, is_main, distributed)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["step"]
+        if self.batches.is_stream:
+            self.batches.restore(saved["data"][self.accelerator.process_index])
+        else:
+            self.batches.restore({"batches": self.step * self.config.gradient_accumulation_steps})
         logger.info("Resumed from %s.", folder)
 
-    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
-        if state["num_processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"Checkpoint {folder} was written by {state['num_processes']} processes, this run has "
-                f"{self.accelerator.num_processes}."
-            )
-        now, differences = self.config.to_dict(), []
-        for spec in dataclasses.fields(self.config):
-            name = spec.name
-            if name not in FREE_TO_CHANGE and state["config"].get(name, spec.default) != now[name]:
-                differences.append(f"{name} was {state['config'].get(name)!r} and is {now[name]!r}")
-        if differences:
-            raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(differences)}.")
+    def _run(self) -> dict[str, Any]:
+        """What has to be the same when a run is resumed."""
+        run = {"config": self.config.to_dict(), "global_batch_size": self.global_batch_size}
+        if self.batches.is_stream:  # whose parts belong to processes and their workers
+            run["processes"], run["workers"] = self.accelerator.num_processes, self.batches.num_workers
+            run["batch_size"] = self.config.batch_size
+        return {**run, "dataset": self.dataset_identity}
+
+
+def find_matching(resume: str, root: Path, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from, if it belongs to the same run.
+
+    Raises:
+        `CheckpointError`: if it is missing or damaged.
+        `ValueError`: if its run was another, naming each difference.
+    """
+    found = checkpoints.find(resume, root)
+    if found is None:
+        return None
+    folder, saved = found
+    differences = []
+    for spec in dataclasses.fields(ConsistencyConfig):
+        was, now = saved["config"].get(spec.name, spec.default), run["config"][spec.name]
+        if spec.name not in FREE_TO_CHANGE and was != now:
+            differences.append(f"{spec.name} was {was!r} and is {now!r}")
+    for name in (run.keys() | saved.keys()) - {"config", "step", "data", "scaler"}:
+        if saved.get(name) != run.get(name):
+            differences.append(f"the {name.replace('_', ' ')} was {saved.get(name)!r} and is {run.get(name)!r}")
+    if differences:
+        raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(sorted(differences))}.")
+    return folder, saved

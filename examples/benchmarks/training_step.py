@@ -45,7 +45,7 @@ def main() -> None:
 
 def measure(trainer: ConsistencyTrainer, options: argparse.Namespace) -> None:
     device = trainer.accelerator.device
-    phase, batches = trainer.phases[-1], trainer._batches()
+    phase, batches = trainer.phases[-1], iter(trainer.batches)
     x = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     time = torch.full((options.batch_size,), 500.0, device=device)
     target = trainer.target_ema.network

@@ -14,7 +14,7 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
         (folder / checkpoints.STATE).write_text(f'{{"step": {step}}}')
 
     folder = checkpoints.checkpoint_path(root, step)
-    checkpoints.write_files(folder, files, is_main=True, wait=lambda: None)
+    checkpoints.write_files(folder, files)
     return folder
 
 
@@ -64,9 +64,10 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path):
         (folder / "half").write_text("...")
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
-        checkpoints.write_files(checkpoints.checkpoint_path(tmp_path, 2), full_disk, True, lambda: None)
+    with pytest.raises(CheckpointError, match=f"MiB are free there: No space.*The last checkpoint is {whole}"):
+        checkpoints.write_files(checkpoints.checkpoint_path(tmp_path, 2), full_disk)
     assert checkpoints.find("auto", tmp_path) == (whole, {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
 
 
 def test_pruning_keeps_the_newest(tmp_path):

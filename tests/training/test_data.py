@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from cm_diffusers.training import data, images
-from cm_diffusers.training.data import load_image_dataset, make_dataloader, prepare_dataset
+from cm_diffusers.training.data import load_image_dataset, prepare_dataset
 from cm_diffusers.training.images import ImageSpec, ImageTransform, check_label, picture_to_tensor
 
 RGB = ImageSpec(3, 8, 8)
@@ -463,83 +463,7 @@ def test_spec_is_checked():
         ImageSpec(3, 8, 8, (1, 0))
 
 
-# Batches
-
-
-def values(loader):
-    return [round(value) for batch in loader for value in batch["images"][:, 0, 0, 0].tolist()]
-
-
-@pytest.fixture
-def numbered():
-    """Twenty images with the values 0 to 19."""
-    return prepare_dataset(torch.arange(20.0)[:, None, None, None].expand(20, 3, 8, 8), RGB)
-
-
-def test_order_depends_on_the_seed(numbered):
-    first, again, other = (make_dataloader(numbered, batch_size=4, shuffle=True, seed=seed) for seed in (1, 1, 2))
-    orders = [values(first), values(first)]
-    assert orders == [values(again), values(again)] and orders[0] != orders[1]
-    assert values(other) != orders[0] and sorted(orders[0]) == list(range(20))
-
-
-def test_order_does_not_depend_on_the_global_generator(numbered):
-    orders = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        orders.append(values(make_dataloader(numbered, batch_size=4, shuffle=True, seed=0)))
-    assert orders[0] == orders[1]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_crops_and_flips_depend_on_seed_and_epoch_alone(stream):
-    wide = [np.random.default_rng(i).integers(0, 256, (8, 16, 3), dtype=np.uint8) for i in range(12)]
-    table = datasets.Dataset.from_dict({"image": [Image.fromarray(array) for array in wide]})
-    spec = ImageSpec(3, 8, 8, center_crop=False, random_flip=True)
-
-    def epochs(seed, **options):
-        source = table.to_iterable_dataset() if stream else table
-        loader = make_dataloader(prepare_dataset(source, spec), batch_size=4, shuffle=True, seed=seed, **options)
-        for epoch in (0, 1):
-            (loader.dataset if stream else loader.sampler).set_epoch(epoch)
-            yield torch.cat([batch["images"] for batch in loader])
-
-    torch.manual_seed(1)
-    first = list(epochs(seed=3))
-    torch.manual_seed(2)
-    again = list(epochs(seed=3, num_workers=0 if stream else 2))  # each worker shuffles its own part of a stream
-    assert all(map(torch.equal, first, again))
-    pixels = [sorted(map(str, epoch.flatten(1).tolist())) for epoch in (*first, next(epochs(seed=4)))]
-    assert pixels[0] != pixels[1] and pixels[0] != pixels[2]  # and not the order only
-
-
-def test_batches_are_full_unless_the_last_is_kept(numbered):
-    assert values(make_dataloader(numbered, batch_size=8, shuffle=False)) == list(range(16))
-    assert values(make_dataloader(numbered, batch_size=8, shuffle=False, drop_last=False)) == list(range(20))
-    with pytest.raises(ValueError, match="20 images are fewer than one batch: `batch_size` is 21"):
-        make_dataloader(numbered, batch_size=21, shuffle=True)
-
-
-def test_stream_is_shuffled_by_seed_and_epoch(table):
-    prepared = prepare_dataset(table.to_iterable_dataset(), ImageSpec(3, 8, 8, (0.0, 255.0)))
-    loaders = [make_dataloader(prepared, batch_size=3, shuffle=True, seed=1) for _ in range(2)]
-    first, again = (values(loader) for loader in loaders)
-    loaders[0].dataset.set_epoch(1)
-    assert first == again and first != sorted(first) and sorted(first) == sorted(reds(prepare_dataset(table, RGB)))
-    assert values(loaders[0]) != first
-
-
-def test_two_workers_give_every_image_once_in_the_same_order(table):
-    prepared = prepare_dataset(table, ImageSpec(3, 8, 8, (0.0, 255.0)), label_column="label", num_classes=2)
-    alone, shared = (make_dataloader(prepared, batch_size=4, shuffle=True, num_workers=n, seed=3) for n in (0, 2))
-    assert values(alone) == values(shared)
-    assert len(set(values(shared))) == 12
-
-
-def test_two_workers_share_a_stream(table):
-    prepared = prepare_dataset(table.to_iterable_dataset(num_shards=2), ImageSpec(3, 8, 8, (0.0, 255.0)))
-    loader = make_dataloader(prepared, batch_size=3, shuffle=True, num_workers=2)
-    assert sorted(values(loader)) == sorted(reds(prepare_dataset(table, RGB)))
+# Cache and identity
 
 
 def test_small_pictures_are_decoded_once(table, monkeypatch):
@@ -553,3 +477,27 @@ def test_small_pictures_are_decoded_once(table, monkeypatch):
     large = prepare_dataset(table, RGB)
     opened.clear()
     assert reds(large[i] for i in (1, 1)) == [10, 10] and len(opened) == 2
+
+
+def test_what_a_transform_of_the_users_gives_is_not_kept(table):
+    made = iter(range(100))
+    changing = table.with_transform(lambda rows: {"image": [picture(next(made)) for _ in rows["image"]]})
+    prepared = prepare_dataset(changing, RGB)
+    assert reds(prepared[1] for _ in range(3)) == [1, 2, 3]
+    assert prepared.identity() == {"rows": 12}
+
+
+def test_identity_tells_datasets_apart(table):
+    def identity(source):
+        return prepare_dataset(source, RGB).identity()
+
+    images = torch.arange(20.0)[:, None, None, None].expand(20, 3, 8, 8)
+    same = [identity(source) for source in (table, table.select(range(12)), images, images.clone())]
+    assert same[0] == same[1] != same[2] == same[3]
+    assert identity(table.select(range(11))) != same[0]
+    assert identity(table.select([1, 0, *range(2, 12)])) != same[0]
+    assert identity(images + 1) != same[2]
+    streams = [identity(table.to_iterable_dataset(num_shards=shards)) for shards in (2, 2, 3)]
+    assert streams[0] == streams[1] != streams[2]
+    assert identity(table.select(range(1, 12)).to_iterable_dataset(num_shards=2)) != streams[0]
+    assert identity(ReadOnce([picture(1), picture(2)])) == {"shards": None}

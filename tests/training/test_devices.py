@@ -1,16 +1,21 @@
-"""Losses on an accelerator, without one: fake tensors carry a device and a dtype, and refuse to mix devices."""
+"""Losses on an accelerator, without one: fake tensors carry a device and a dtype, and refuse to mix devices.
+
+What is computed on them can be watched, too: nothing may make the host wait for the device.
+"""
 
 import diffusers
 import pytest
 import torch
 from conftest import build_unet
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm_diffusers.noise_levels import Levels
 from cm_diffusers.preconditioning import Denoiser, read_preconditioning
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, inverse_gap
+from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import heun_step
 from cm_diffusers.training.student import make_student
 
@@ -24,15 +29,54 @@ TEACHERS = {
 }
 
 
+class Waits(TorchDispatchMode):
+    """The operations that make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target, name = kwargs.get("device"), function.name()
+        here = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+        crosses = target is not None and here and torch.device(target).type not in here
+        if (name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")) and here == {"cuda"}) or (
+            crosses and not kwargs.get("non_blocking")
+        ):
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+class FakeRandom(SampleRandom):
+    """Without a GPU there is no generator of one."""
+
+    def normal_like(self, images):
+        return torch.empty_like(images)
+
+
+def test_waits_are_seen():
+    with FakeTensorMode(), Waits() as waits:
+        torch.zeros(2).to("cuda", non_blocking=True)
+        assert waits.found == []
+        torch.zeros(2).to("cuda")
+        assert len(waits.found) == 1
+        with pytest.raises(DataDependentOutputException):
+            torch.zeros((), device="cuda").item()
+        assert len(waits.found) == 2
+
+
 @pytest.mark.parametrize("distance", ["l1", "l2", "pseudo_huber"])
 @pytest.mark.parametrize("family", TEACHERS)
-def test_losses_stay_on_the_device_of_the_images(family, distance):
+def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, distance, monkeypatch):
     _, scheduler = make_student(build_unet(), TEACHERS[family], convert=True)
     teacher, student, boundary = read_preconditioning(TEACHERS[family]), scheduler.preconditioning, scheduler.boundary
     for scalings in (teacher, student, boundary):
         scalings.scalings(torch.tensor([1.0]))  # tables are made once, of real numbers
     levels = Levels(lambda step: 6, scheduler.config.sigma_min, scheduler.config.sigma_max)
 
+    randoms = [FakeRandom(torch.arange(4), torch.device("cuda")) for _ in range(2)]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         network, images = build_unet(), torch.zeros(4, 3, 8, 8)
         with torch.device("cpu"):
@@ -40,7 +84,9 @@ def test_losses_stay_on_the_device_of_the_images(family, distance):
             metric = build_distance(distance, None, (-1.0, 1.0), images.device)
             pairs = PairObjective(f, f, levels, FromTeacher(denoise, heun_step), metric, inverse_gap)
             conversion = ConversionObjective(Denoiser(network, student), denoise, levels.sigma_min, levels.sigma_max)
-            for objective in (pairs, conversion):
-                loss = objective.loss(images, 0)
-                assert loss.device.type == "cuda"
-                assert loss.dtype == torch.float32
+            for objective, random in zip((pairs, conversion), randoms, strict=True):
+                with Waits() as waits:
+                    losses = objective.losses(images, 0, random)
+                assert losses.values.device.type == "cuda"
+                assert losses.values.dtype == torch.float32
+                assert waits.found == []

@@ -19,6 +19,7 @@ from cm_diffusers.training.objectives.pairs import (
     same_dropout,
     uniform,
 )
+from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import euler_step, heun_step, integrate
 
 SIGMA_MIN, SIGMA_MAX = 0.02, 10.0
@@ -39,6 +40,11 @@ class PixelNetwork(nn.Module):
         return (self.layers(features).view_as(sample),)
 
 
+def mean_loss(objective, images, step=0, seed=0):
+    seeds = torch.arange(len(images)) + len(images) * (step + seed)
+    return objective.losses(images, step, SampleRandom(seeds, images.device)).values.mean()
+
+
 def train(objective_of, problem, steps=1000, batch=256):
     torch.manual_seed(0)
     network = PixelNetwork()
@@ -46,7 +52,7 @@ def train(objective_of, problem, steps=1000, batch=256):
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        loss = objective.loss(problem.draw((batch, 1, 1, 1)), step)
+        loss = mean_loss(objective, problem.draw((batch, 1, 1, 1)), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,8 +120,8 @@ def test_the_true_consistency_function_has_almost_no_loss():
     for num_levels in (16, 64):
         levels = Levels(lambda step, n=num_levels: n, SIGMA_MIN, SIGMA_MAX)
         objective = PairObjective(exact, exact, levels, FromTeacher(problem.denoise, heun_step), l2, uniform)
-        torch.manual_seed(0)
-        losses.append(float(objective.loss(problem.draw((4096, 1, 1, 1), dtype=torch.float64), 0)))
+        images = problem.draw((4096, 1, 1, 1), torch.Generator().manual_seed(0), dtype=torch.float64)
+        losses.append(float(mean_loss(objective, images)))
     # A step of the second-order solver errs by O(h^3), squared.
     assert losses[0] < 1e-4
     assert losses[0] / losses[1] > 4**4
@@ -125,20 +131,22 @@ def test_loss_is_the_weighted_distance_of_the_two_ends():
     problem, pair = Gaussian(), LevelPair(torch.tensor([2.0, 5.0]), torch.tensor([1.0, 3.0]))
 
     class OnePair:
-        def draw(self, step, batch_size):
+        def at(self, step, position):
             return pair
 
     student, target = (lambda x, s: x * 2), (lambda x, s: x * 3)
     student.network = None
     images = torch.ones(2, 1, 2, 2, dtype=torch.float64)
     objective = PairObjective(student, target, OnePair(), FromTeacher(problem.denoise, euler_step), l2, inverse_gap)
-    torch.manual_seed(3)
-    loss = objective.loss(images, 0)
-    torch.manual_seed(3)
-    x = images + pair.sigma.view(-1, 1, 1, 1) * torch.randn_like(images)
+    seeds = torch.tensor([3, 4])
+    losses = objective.losses(images, 0, SampleRandom(seeds, images.device))
+    random = SampleRandom(seeds, images.device)
+    random.uniform()  # the levels
+    x = images + pair.sigma.view(-1, 1, 1, 1) * random.normal_like(images)
     lower = euler_step(problem.denoise, x, pair.sigma, pair.sigma_lower)
     distances = (2 * x - 3 * lower).square().mean((1, 2, 3))
-    assert float(loss) == pytest.approx(float((distances / torch.tensor([1.0, 2.0])).mean()), rel=1e-6)
+    torch.testing.assert_close(losses.values, distances / torch.tensor([1.0, 2.0]))
+    assert torch.equal(losses.sigma, pair.sigma)
 
 
 def test_no_gradient_through_the_target_or_the_teacher():
@@ -150,7 +158,7 @@ def test_no_gradient_through_the_target_or_the_teacher():
         objective.student, Denoiser(target_network, Boundary(base, "edm", SIGMA_MIN)), objective.levels,
         objective.source, l2, uniform,
     )  # fmt: skip
-    objective.loss(problem.draw((8, 1, 1, 1)), 0).backward()
+    mean_loss(objective, problem.draw((8, 1, 1, 1))).backward()
     assert all(p.grad is not None for p in network.parameters())
     assert all(p.grad is None for p in [*teacher_network.parameters(), *target_network.parameters()])
 

@@ -1,5 +1,8 @@
 import json
 import logging
+import os
+import shutil
+import signal
 
 import datasets
 import diffusers
@@ -9,9 +12,11 @@ from accelerate.state import AcceleratorState
 from closed_form import Gaussian
 from conftest import build_unet
 from PIL import Image
+from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 
 IMAGES = Gaussian(std=0.3).draw((64, 3, 8, 8), torch.Generator().manual_seed(0)).clamp(-1, 1)
 
@@ -126,35 +131,36 @@ def test_every_choice_can_be_overridden(changes, tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    """The same images, noise and levels in one batch of 16 or two of 8 give the same gradient, up to rounding."""
-    gradients = []
-    for size in (16, 8):
+    """A batch of 16, two of 8 and four of 4 are the same training, up to rounding."""
+    losses, final = [], []
+    for size in (16, 8, 4):
         AcceleratorState._reset_state(reset_partial_state=True)
         accumulation = {"batch_size": size, "gradient_accumulation_steps": 16 // size}
-        trainer = make_trainer(tmp_path / str(size), conversion_steps=0, **accumulation)
-        trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
-        object.__setattr__(trainer.phases[-1].objective, "levels", _OneLevel())
-        batches = iter([(part, {}) for part in torch.stack([IMAGES[0]] * 16).split(size)])
-        noise = iter(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(size))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn_like", lambda images, noise=noise: next(noise))
-            trainer._optimise(trainer.phases[-1], batches)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.unet.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+        trainer = make_trainer(tmp_path / str(size), random_flip=True, **accumulation)
+        losses.append(losses_of(trainer))
+        final.append(weights(trainer.unet))
+    for other in (1, 2):
+        torch.testing.assert_close(losses[other], losses[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(final[other], final[0], rtol=0, atol=1e-5)
 
 
-class _OneLevel:
-    def draw(self, step, batch_size):
-        from cm_diffusers.noise_levels import LevelPair
+def losses_of(trainer):
+    """Train, and return the mean loss of every step."""
+    losses, optimise = [], trainer._optimise
 
-        return LevelPair(torch.full((batch_size,), 2.0), torch.full((batch_size,), 1.0))
+    def recorded(phase, batches):
+        record = optimise(phase, batches)
+        losses.append(record.losses.mean())
+        return record
+
+    trainer._optimise = recorded
+    trainer.train()
+    return torch.stack(losses)
 
 
 @pytest.fixture
 def image_folder(tmp_path):
     """Twelve pictures, the fifth of them torn."""
-    from PIL import Image
-
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index in range(12):
@@ -206,19 +212,16 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout, 
     whole = make_trainer(tmp_path / "whole", teacher, **settings)
     whole.train()
 
-    class Stop(Exception):
-        pass
-
     broken = make_trainer(tmp_path / "broken", teacher, **settings)
     follow = broken._follow
 
     def stop_at_seven(phase):
         follow(phase)
         if broken.step == 7:
-            raise Stop
+            raise KeyboardInterrupt
 
     broken._follow = stop_at_seven
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = make_trainer(tmp_path / "broken", teacher, resume="auto", **settings)
     resumed.train()
@@ -244,22 +247,106 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
         make_trainer(tmp_path, checkpoint_steps=2, resume="auto", learning_rate=0.5).train()
 
 
-def test_non_finite_gradients_never_reach_the_weights(tmp_path):
-    trainer = make_trainer(tmp_path, max_train_steps=50, conversion_steps=0)
+class Poisoned:
+    """An objective whose loss is not a number where `when(step)`."""
+
+    def __init__(self, phase, when):
+        self._losses, self.when = phase.objective.losses, when
+        object.__setattr__(phase, "objective", self)
+
+    def losses(self, images, step, random, **conditioning):
+        losses = self._losses(images, step, random, **conditioning)
+        return losses._replace(values=losses.values * (float("nan") if self.when(step) else 1.0))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_non_finite_gradients_never_reach_the_weights(optimizer, tmp_path):
+    trainer = make_trainer(tmp_path, max_train_steps=50, conversion_steps=0, optimizer=optimizer)
     before = weights(trainer.unet).clone()
-    loss = trainer.phases[-1].objective.loss
-    object.__setattr__(trainer.phases[-1], "objective", _Poisoned(loss))
+    Poisoned(trainer.phases[-1], lambda step: True)
     with pytest.raises(FloatingPointError, match="10 steps in a row"):
         trainer.train()
     assert torch.equal(weights(trainer.unet), before)
+    assert trainer.watch.skipped == 10
 
 
-class _Poisoned:
-    def __init__(self, loss):
-        self._loss = loss
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_a_bad_step_is_left_out_counted_and_dumped(optimizer, tmp_path, caplog):
+    trainer = make_trainer(tmp_path, max_train_steps=8, conversion_steps=0, optimizer=optimizer, max_bad_steps=2)
+    Poisoned(trainer.phases[-1], lambda step: step in (2, 4))
+    seen, follow = [], trainer._follow
 
-    def loss(self, images, step, **conditioning):
-        return self._loss(images, step, **conditioning) * float("nan")
+    def watched(phase):
+        moments = [state["exp_avg"].clone() for state in trainer.optimizer.state.values()]
+        seen.append((weights(trainer.unet).clone(), torch.cat([moment.flatten() for moment in moments])))
+        follow(phase)
+
+    trainer._follow = watched
+    trainer.train()
+    unchanged = [step for step in range(1, 8) if all(map(torch.equal, seen[step], seen[step - 1]))]
+    assert unchanged == [2, 4]
+    assert trainer.watch.skipped == 2
+    assert "Step 2 is skipped" in caplog.text
+    report = json.loads((tmp_path / "bad-steps" / "step-00000002-rank-0.json").read_text())
+    assert (report["phase"], report["losses"], report["images_are_finite"]) == ("cd", ["nan"], [True])
+    dumped = load_file(tmp_path / "bad-steps" / "step-00000002-rank-0.safetensors")
+    # What was dumped can be taken again.
+    batch = {name.split(".")[0]: value for name, value in dumped.items()}
+    assert trainer._losses(trainer.phases[-1], 2, batch).values.isnan().all()
+    assert trainer._losses(trainer.phases[-1], 3, batch).values.isfinite().all()
+
+
+def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
+    settings = {"checkpoint_steps": 100, "max_train_steps": 10}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    trainer, optimise = make_trainer(tmp_path / "told", **settings), None
+    optimise = trainer._optimise
+
+    def told_at_three(phase, batches):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimise(phase, batches)
+
+    trainer._optimise = told_at_three
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=r"the run is saved in .*step-0000000\d") as stopped:
+        trainer.train()
+    assert stopped.value.code == EXIT_CODE_PREEMPTED == 75
+    assert trainer.step < 6
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = make_trainer(tmp_path / "told", resume="auto", **settings)
+    resumed.train()
+    assert torch.equal(weights(resumed.ema.network), weights(whole.ema.network))
+
+
+def test_a_resumed_run_may_split_its_batch_otherwise(tmp_path):
+    settings = {"checkpoint_steps": 3, "max_train_steps": 6, "conversion_steps": 0}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    shutil.rmtree(sorted((tmp_path / "checkpoints").iterdir())[-1])
+    resumed = make_trainer(
+        tmp_path, resume="auto", batch_size=2, **settings, gradient_accumulation_steps=4, num_workers=2
+    )
+    resumed.train()
+    torch.testing.assert_close(weights(resumed.unet), weights(whole.unet), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 4}, "the global batch size was 8 and is 4"),
+        ({"images": IMAGES.flip(0)}, "the dataset was .*digest.* and is"),
+        ({"images": IMAGES[:-1]}, "the dataset was .*64.* and is .*63"),
+        ({"images": "stream", "num_workers": 2}, "the workers was 0 and is 2"),
+    ],
+    ids=str,
+)
+def test_resuming_with_other_data_is_refused(changes, message, tmp_path):
+    first = {"images": stream_of_images()} if changes.get("images") == "stream" else {}
+    make_trainer(tmp_path, checkpoint_steps=6, **first).train()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, checkpoint_steps=6, resume="auto", **{**changes, **first}).train()
 
 
 def test_samples_and_numbers_are_tracked(tmp_path):
@@ -271,8 +358,11 @@ def test_samples_and_numbers_are_tracked(tmp_path):
     events = EventAccumulator(str(tmp_path / "logs" / "cm_diffusers"))
     events.Reload()
     tags = events.Tags()
-    expected = {f"cd/{name}" for name in ("loss", "grad_norm", "images_per_second", "lr", "num_levels", "mu")}
-    assert expected <= set(tags["scalars"])
+    names = "loss grad_norm images_per_second memory_gib lr num_levels mu ema_decay skipped_steps".split()
+    names += [f"milliseconds/{part}" for part in ("data", "forward", "backward", "optimizer", "rest")]
+    assert {f"cd/{name}" for name in names} <= set(tags["scalars"])
+    bins = [tag for tag in tags["scalars"] if tag.startswith("cd/loss_at_sigma/")]
+    assert 1 < len(bins) <= 8
     assert {"samples/nfe_1", "samples/nfe_2"} <= set(tags["images"])
 
 
@@ -304,9 +394,6 @@ class TestRefusedBeforeTraining:
 
     def test_range_outside_the_teachers(self, tmp_path):
         self.refuse(tmp_path, "leaves the teacher's", sigma_max=500.0)
-
-    def test_too_few_images_for_a_batch(self, tmp_path):
-        self.refuse(tmp_path, "fewer than one batch", images=IMAGES[:4])
 
     def test_nan_images(self, tmp_path):
         images = IMAGES.clone()

@@ -1,17 +1,29 @@
-"""What a training step minimises. An objective owns its networks and maps a batch of images to a loss."""
+"""What a training step minimises. An objective owns its networks and maps a batch of images to losses."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from cm_diffusers.training.randomness import SampleRandom
+
+
+class Losses(NamedTuple):
+    """The weighted loss of every sample, with its graph, and the noise level it was taken at.
+
+    `values` has the shape `(batch,)` in float32 on the device of the images; `sigma` the same shape, on the CPU.
+    """
+
+    values: Tensor
+    sigma: Tensor
 
 
 class Objective(Protocol):
     """A training objective.
 
-    `loss` takes clean images of shape `(batch, channels, height, width)` in the model's range, the step within the
-    phase of training, and the conditioning of the network; it returns a scalar in float32.
+    `losses` takes clean images of shape `(batch, channels, height, width)` in the model's range, the step within the
+    phase of training, the random numbers of the batch, and the conditioning of the network.
     """
 
-    def loss(self, images: Tensor, step: int, **conditioning: Any) -> Tensor: ...
+    def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses: ...

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import Denoise, expand
 
 
@@ -37,12 +39,13 @@ class ConversionObjective:
     rho: float = 7.0
     extra: float = 0.1
 
-    def loss(self, images: Tensor, step: int, **conditioning: Any) -> Tensor:
-        position = torch.rand(len(images)).mul(1 + self.extra).clamp(max=1)
+    def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
+        position = random.uniform().mul(1 + self.extra).clamp(max=1)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        sigma = torch.lerp(torch.tensor(low), torch.tensor(high), position) ** self.rho
-        sample = images + expand(sigma, images) * torch.randn_like(images)
+        sigma = ((low + position * (high - low)) ** self.rho).float()
+        sample = images + expand(sigma, images) * random.normal_like(images)
         with torch.no_grad():
             denoised = self.teacher(sample, sigma, **conditioning)
         scale = expand(self.student.preconditioning.scalings(sigma).c_out, images)
-        return ((self.student(sample, sigma, **conditioning) - denoised) / scale).square().mean()
+        error = (self.student(sample, sigma, **conditioning) - denoised) / scale
+        return Losses(error.square().flatten(1).mean(1), sigma)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.noise_levels import LevelPair, Levels
-from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.preconditioning import Denoiser, send
 from cm_diffusers.training.distances import Distance
+from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import Denoise, Solver, expand
 
 Weighting = Callable[[LevelPair], Tensor]
@@ -75,17 +77,17 @@ class PairObjective:
     distance: Distance
     weighting: Weighting
 
-    def loss(self, images: Tensor, step: int, **conditioning: Any) -> Tensor:
-        pair = self.levels.draw(step, len(images))
-        noise = torch.randn_like(images)
+    def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
+        pair = self.levels.at(step, random.uniform())
+        noise = random.normal_like(images)
         sample = images + expand(pair.sigma, images) * noise
         with torch.no_grad():
             lower = self.source(images, noise, sample, pair, **conditioning)
             with same_dropout(self.student.network, images.device):
                 target = self.target(lower, pair.sigma_lower, **conditioning)
         prediction = self.student(sample, pair.sigma, **conditioning)
-        weights = self.weighting(pair).to(images.device)
-        return (weights * self.distance(prediction, target)).mean()
+        weights = send(self.weighting(pair), images.device)
+        return Losses(weights * self.distance(prediction, target), pair.sigma)
 
 
 @contextmanager

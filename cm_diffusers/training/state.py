@@ -1,0 +1,73 @@
+"""The state of a run, whole and independent of how it is spread over processes.
+
+Weights, averages and the optimiser's moments are gathered to the main process under the names of the parameters, and
+given back to however many processes there are; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+OPTIMIZER = "optimizer"
+
+
+def _options(**more: Any) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network, sharded or not, on the CPU. Called by all processes, filled on the main one."""
+    weights: dict[str, Any] = get_model_state_dict(network, options=_options())
+    return weights
+
+
+def whole_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state by the names of the parameters, on the CPU. Called by all, filled on the main process."""
+    return get_optimizer_state_dict(student, optimizer, options=_options())
+
+
+def write(folder: Path, networks: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]) -> None:
+    """Write what [`whole_weights`] and [`whole_optimizer`] gathered, as safetensors and JSON."""
+    for name, tensors in networks.items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    moments = {
+        f"{parameter}/{name}": value.contiguous()
+        for parameter, values in optimizer["state"].items()
+        for name, value in values.items()
+    }
+    save_file(moments, folder / f"{OPTIMIZER}.safetensors")
+    (folder / f"{OPTIMIZER}.json").write_text(json.dumps(optimizer["param_groups"]))
+
+
+def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: bool) -> None:
+    """Give a network its weights back. Only the main process reads the file."""
+    tensors = load_file(file) if is_main or not distributed else {}
+    set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed))
+
+
+def restore_optimizer(
+    student: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, is_main: bool, distributed: bool
+) -> None:
+    """Give the optimiser its state back. Only the main process reads the files."""
+    state: dict[str, Any] = {}
+    if is_main or not distributed:
+        moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in load_file(folder / f"{OPTIMIZER}.safetensors").items():
+            parameter, name = key.rsplit("/", 1)
+            moments[parameter][name] = value
+        state = {"state": dict(moments), "param_groups": json.loads((folder / f"{OPTIMIZER}.json").read_text())}
+    set_optimizer_state_dict(student, optimizer, state, options=_options(broadcast_from_rank0=distributed))
