@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,7 +134,7 @@ class Batches:
         if self.is_stream:
             self._places, self._round = ([list(place) for place in state["places"]] for _ in range(2))
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
         ahead = self._done % self._parts if self.is_stream else 0  # since the workers' places were noted
         for batch in itertools.islice(self._loader(), ahead, None):
             place = batch.pop("place", None)
@@ -146,6 +149,7 @@ class Batches:
         common: dict[str, Any] = {
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _outlast_sigterm,
             "generator": torch.Generator().manual_seed(self.seed),  # none of torch's global random numbers
         }
         if isinstance(self.dataset, StreamedImages):
@@ -155,6 +159,22 @@ class Batches:
         length = len(self.dataset)  # type: ignore[arg-type]
         sampler = EndlessSampler(length, self.batch_size, self.seed, self.rank, self.world_size, self._done)
         return DataLoader(self.dataset, batch_sampler=sampler, **common)
+
+
+def _outlast_sigterm(worker: int) -> None:
+    """Let a worker end when its run says so, not when a cluster tells every process to: the run has a step to finish.
+
+    Without this, it dies of a worker that was terminated, before it can write a checkpoint.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
 
 
 def first_images(dataset: Any, count: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -207,11 +208,10 @@ class ConsistencyTrainer:
         self._resume()
         self._check_teacher()
         start_tracker(self.accelerator, self.config)
-        hidden = not self.accelerator.is_main_process
-        batches = iter(self.batches)
         self.meter.restart_clock()
         with (
-            tqdm(total=total, initial=self.step, disable=hidden, desc="train", smoothing=0) as bar,
+            contextlib.closing(iter(self.batches)) as batches,
+            self._progress_bar(total) as bar,
             self.watch.listening(),
         ):
             while self.step < total:
@@ -231,6 +231,10 @@ class ConsistencyTrainer:
         on_main(self.accelerator, lambda: self.save(pipeline))
         self.accelerator.end_training()
         return pipeline
+
+    def _progress_bar(self, total: int) -> tqdm:
+        shown: dict[str, Any] = {} if self.accelerator.is_main_process else {"disable": True}
+        return tqdm(total=total, initial=self.step, desc="train", smoothing=0, **shown)
 
     def _stop(self) -> None:
         self.watch.settle()

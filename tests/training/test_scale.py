@@ -1,0 +1,230 @@
+"""The same global batch is the same training: on one process, on two, sharded, and on two hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import command, environment, final_state, largest_difference, losses, run
+
+from cm_diffusers import ConsistencyPipeline
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "accelerate"
+STEPS = 9
+HALVES = {"ranks": 2, "batch_size": 4, "max_train_steps": STEPS, "checkpoint_steps": 4}
+WHOLE = {"ranks": 1, "batch_size": 8, "max_train_steps": STEPS, "checkpoint_steps": 4}
+# Losses of some hundreds and weights of some tenths, after float32 sums in another order and a dozen steps of Adam.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+
+
+def launch(config: str, *arguments: str) -> list[str]:
+    """`accelerate launch` with a config that this repository ships, in float32."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
+        "--num_cpu_threads_per_process", "1", "--mixed_precision", "no", *arguments,
+    ]  # fmt: skip
+
+
+SHARDED = {**HALVES, "launcher": launch("fsdp2", "--num_processes", "2")}
+
+
+def assert_same_training(folder: Path, golden: Path, exactly: bool = False) -> None:
+    trajectory, expected = losses(folder), losses(golden)
+    assert set(trajectory) <= set(expected)
+    for step, loss in trajectory.items():
+        assert loss == pytest.approx(expected[step], rel=0 if exactly else LOSS_TOLERANCE)
+    difference = largest_difference(final_state(folder), final_state(golden))
+    assert difference <= (0 if exactly else WEIGHT_TOLERANCE)
+
+
+def copy_half_of(run_folder: Path, to: Path) -> Path:
+    """The run as it was before its last checkpoint."""
+    shutil.copytree(run_folder, to)
+    shutil.rmtree(max((to / "checkpoints").glob("step-*")))
+    (to / "losses.json").unlink()
+    return to
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """One process."""
+    folder = tmp_path_factory.mktemp("golden")
+    run(folder, **WHOLE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-ranks")
+    run(folder, **HALVES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Two processes that hold half of everything each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run(folder, **SHARDED)
+    return folder
+
+
+def test_two_ranks_equal_one_process(two_ranks, golden):
+    assert len(losses(two_ranks)) == STEPS + 3  # with the conversion
+    assert_same_training(two_ranks, golden)
+
+
+def test_sharded_ranks_equal_one_process_and_save_a_pipeline_that_loads(sharded, golden):
+    assert_same_training(sharded, golden)
+    images = ConsistencyPipeline.from_pretrained(sharded)(batch_size=2, output_type="pt").images
+    assert images.shape == (2, 3, 8, 8)
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "exactly"),
+    [("golden", HALVES, False), ("two_ranks", HALVES, True), ("sharded", SHARDED, True), ("sharded", WHOLE, False)],
+    ids=["one on two", "two on two", "sharded on sharded", "sharded on one"],
+)
+def test_a_run_resumes_on_other_processes(first, then, exactly, tmp_path, request):
+    before = request.getfixturevalue(first)
+    folder = copy_half_of(before, tmp_path / "resumed")
+    run(folder, **then)
+    assert len(losses(folder)) < STEPS
+    assert_same_training(folder, before, exactly)
+
+
+def test_a_torn_checkpoint_ends_all_ranks_with_its_name(two_ranks, tmp_path):
+    folder = copy_half_of(two_ranks, tmp_path / "torn")
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        (checkpoint / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(AssertionError, match="None of the .* checkpoints"):
+        run(folder, **HALVES)
+
+
+def test_samples_are_the_same_from_any_number_of_ranks(tmp_path):
+    settings = {"max_train_steps": 2, "sample_steps": 5, "num_samples": 5, "conversion_steps": 3}
+    for name, split in (("one", WHOLE), ("two", HALVES)):
+        run(tmp_path / name, **{**split, **settings})
+    from PIL import Image
+
+    one, two = (
+        torch.tensor(list(Image.open(tmp_path / n / "samples/step-00000005-nfe-2.png").tobytes()))
+        for n in ("one", "two")
+    )
+    assert len(one) == len(two)
+    assert (one - two).abs().max() <= 1  # rounding, of weights and then of pixels
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_shipped_configs_are_read_by_accelerate(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.num_processes >= 8
+    assert set(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) <= set(vars(config)) | {"same_network"}
+
+
+# Two hosts ----------------------------------------------------------------------------------------------------------
+
+
+class Hosts:
+    """Two hosts, as far as programs can tell: each a network namespace, with a cable between them."""
+
+    def __init__(self, names: tuple[str, str], addresses: tuple[str, str]) -> None:
+        self.names, self.addresses = names, addresses
+
+    def start(self, rank: int, folder: Path, **settings) -> subprocess.Popen:
+        network = f"c{self.names[rank]}"
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[rank], *self._command(rank, folder, **settings)],
+            env=environment(GLOO_SOCKET_IFNAME=network), start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def _command(self, rank: int, folder: Path, **settings) -> list[str]:
+        launcher = launch(
+            "two-hosts", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", self.addresses[0]
+        )
+        return command(folder, launcher=launcher, **settings)
+
+    def cut(self) -> None:
+        ip("-n", self.names[0], "link", "set", f"c{self.names[0]}", "down")
+
+    def mend(self) -> None:
+        ip("-n", self.names[0], "link", "set", f"c{self.names[0]}", "up")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    names = (f"cm{os.getpid()}a", f"cm{os.getpid()}b")
+    addresses = ("10.213.7.1", "10.213.7.2")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", f"c{names[0]}", "netns", names[0], "type", "veth", "peer", f"c{names[1]}", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", f"c{name}")
+            ip("-n", name, "link", "set", f"c{name}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        remove(names)
+        pytest.skip(f"no network namespaces here: {error}")
+    yield Hosts(names, addresses)
+    remove(names)
+
+
+def remove(names: tuple[str, str]) -> None:
+    for name in names:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            ip("netns", "delete", name)
+
+
+def finish(processes: list[subprocess.Popen], seconds: float) -> list[str]:
+    """Wait for both, at most so long, and end what is left."""
+    try:
+        return ["".join(process.communicate(timeout=seconds))[-3000:] for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_hosts_equal_one_process_and_survive_a_cut_cable(hosts, golden, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]  # they share no disk
+    settings = {name: value for name, value in HALVES.items() if name != "ranks"}
+    slow = {**settings, "distributed_timeout": 20}
+    os.environ["TINY_PAUSE"] = "0.5"
+    try:
+        processes = [hosts.start(rank, folders[rank], **slow) for rank in (0, 1)]
+    finally:
+        del os.environ["TINY_PAUSE"]
+    for line in processes[0].stdout:
+        if line.startswith("step 6"):
+            break
+    hosts.cut()
+    start = time.monotonic()
+    outputs = finish(processes, 120)
+    assert time.monotonic() - start < 90
+    assert all(process.returncode not in (0, None) for process in processes), outputs
+    assert not (folders[0] / "losses.json").exists()
+
+    hosts.mend()
+    processes = [hosts.start(rank, folders[rank], **slow) for rank in (0, 1)]
+    outputs = finish(processes, 120)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert 0 < len(losses(folders[0])) < STEPS
+    assert_same_training(folders[0], golden)
+    assert not (folders[1] / "checkpoints").exists()

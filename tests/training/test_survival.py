@@ -1,0 +1,117 @@
+"""Runs that are killed again and again end as if nothing had happened, bit for bit.
+
+Each test kills as often as the environment's KILLS says (3 by default): at the start, between steps, and while a
+checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import command, environment, final_state, largest_difference, run
+
+KILLS = int(os.environ.get("KILLS", 3))
+STEPS = 12 + 4 * KILLS
+RUNS = {
+    "one process": {"ranks": 1},
+    "two ranks": {"ranks": 2, "batch_size": 4},
+    "stream": {"ranks": 1, "streaming": True},
+}
+# Two workers and two micro-steps; and dropout, by the environment.
+COMMON = {"max_train_steps": STEPS, "num_workers": 2, "gradient_accumulation_steps": 2, "checkpoint_limit": 2}
+DROPOUT = {"TINY_DROPOUT": "0.2"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_random_instants_ends_bit_identical(name, tmp_path):
+    settings = {**COMMON, **RUNS[name]}
+    run(tmp_path / "whole", env=DROPOUT, **settings)
+    chance = random.Random(name)
+    whens = Counter(kill(tmp_path / "killed", when, chance, settings) for when in instants(chance))
+    print(f"{name}: killed at {dict(whens)}")
+    assert whens["end"] == 0, "the run was over before it could be killed"
+    if KILLS > 1:
+        assert whens["write"] > 0
+    run(tmp_path / "killed", env=DROPOUT, **settings)
+    assert largest_difference(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == 0
+
+
+def instants(chance: random.Random) -> list[str]:
+    return ["write", "step", "start", *chance.choices(["write", "step", "step", "start"], k=KILLS)][:KILLS]
+
+
+def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
+    """Start the run, and kill one of its processes at a random instant. Returns where it was then."""
+    env = environment(**DROPOUT, TINY_PAUSE="0.1", TINY_SLOW_DISK="0.02")
+    process = subprocess.Popen(
+        command(folder, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        if when == "start":
+            time.sleep(chance.uniform(0, 8))
+        else:
+            process.stdout.readline()  # the first step
+            if when == "write":
+                wait_for(lambda: is_writing(folder) or process.poll() is not None)
+            time.sleep(chance.uniform(0, 0.1 if when == "write" else 0.5))
+        ended, found = process.poll(), "write" if is_writing(folder) else when
+        if ended is None:
+            victim(process.pid, chance).kill()
+            process.wait(60)  # what is left of it ends by itself
+    finally:
+        end_session(process)
+    return "end" if ended is not None else found
+
+
+def is_writing(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob(".*.partial"))
+
+
+def wait_for(happened, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def victim(pid: int, chance: random.Random) -> psutil.Process:
+    """The run, one of its ranks, or a loader's worker, which the memory watchdog of a cluster is fond of."""
+    family = psutil.Process(pid).children(recursive=True)
+    return chance.choice([psutil.Process(pid)] * (len(family) or 1) + family)
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Nothing of the run may still write when it is started again."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigterm_to_torchrun_saves_on_all_ranks(tmp_path):
+    settings = {**RUNS["two ranks"], **COMMON, "checkpoint_steps": 1000}
+    env = environment(TINY_PAUSE="0.1")
+    process = subprocess.Popen(
+        command(tmp_path, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        for _ in range(3):
+            process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        end_session(process)
+    assert process.returncode != 0
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1, errors.decode()[-3000:]
+    assert b"go on with `resume: auto`" in errors
