@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.training.checkpoints import CheckpointError
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 
 IMAGES = Gaussian(std=0.3).draw((64, 3, 8, 8), torch.Generator().manual_seed(0)).clamp(-1, 1)
@@ -229,16 +230,61 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout, 
     assert torch.equal(weights(resumed.ema.network), weights(whole.ema.network))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+@pytest.mark.parametrize("how", ["truncate", "empty", "flip", "delete"])
+def test_damage_to_any_file_of_a_checkpoint_falls_back_to_the_one_before(how, tmp_path, caplog):
     settings = {"checkpoint_steps": 2, "checkpoint_limit": 5, "max_train_steps": 4}
     make_trainer(tmp_path, **settings).train()
-    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    (newest / "ema.safetensors").write_bytes(b"")
-    resumed = make_trainer(tmp_path, resume="auto", **settings)
-    with caplog.at_level(logging.WARNING):
+    before, newest = sorted((tmp_path / "checkpoints").iterdir())[-2:]
+    files = sorted(path.name for path in newest.iterdir())
+    assert files == [
+        "ema.safetensors", "manifest.json", "optimizer.json", "optimizer.safetensors", "state.json",
+        "student.safetensors", "target.safetensors",
+    ]  # fmt: skip
+    for name in files:
+        whole = (newest / name).read_bytes()
+        damage(newest / name, how)
+        caplog.clear()
+        resumed = make_trainer(tmp_path, resume="auto", **settings)
         resumed._resume()
-    assert "ema.safetensors" in caplog.text
-    assert resumed.step == 4
+        assert resumed.step == int(before.name[-8:]) == 4
+        assert str(newest) in caplog.text
+        (newest / name).write_bytes(whole)
+    resumed._resume()
+    assert resumed.step == 6
+
+
+def damage(file, how):
+    data = bytearray(file.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    changed = {"truncate": data[:-1], "empty": b"", "flip": data}
+    file.unlink()
+    if how != "delete":
+        file.write_bytes(changed[how])
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    settings = {"checkpoint_steps": 2, "max_train_steps": 4}
+    trainer = make_trainer(tmp_path, **settings)
+    whole, follow = tmp_path / "checkpoints" / "step-00000002", trainer._follow
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk_at_three(phase):
+        follow(phase)
+        if trainer.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    trainer._follow = fill_the_disk_at_three
+    try:
+        with pytest.raises(CheckpointError, match=f"step-00000004 cannot be written.*The last checkpoint is {whole}"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [whole.name]
+    resumed = make_trainer(tmp_path, resume="auto", **settings)
+    resumed.train()
+    assert resumed.step == 6
 
 
 def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
