@@ -1,4 +1,4 @@
-"""The `cm-diffusers` command: `distill`, `train` and `sample`."""
+"""The `cm-diffusers` command: `distill`, `train`, `sample` and `doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = {
     "distill": "Distil a pretrained diffusers UNet into a one-step student (consistency distillation).",
     "train": "Train a one-step network on data alone (consistency training).",
     "sample": "Draw images from a student.",
+    "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
 }
 
 
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(given[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    run = {"distill": distill, "train": train, "sample": sample}[command]
+    run = {"distill": distill, "train": train, "sample": sample, "doctor": doctor}[command]
     try:
         run(given[1:])
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
         sys.exit(f"cm-diffusers {command}: error: {error}")
 
 
@@ -55,6 +56,21 @@ def _train(command: str, arguments: Sequence[str], method: str) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         print(f"Student saved to {trainer.output_dir}. Sample with: cm-diffusers sample {trainer.output_dir}")
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """`cm-diffusers doctor`: the options are those of `distill`; without any, only the machine is looked at.
+
+    Exits with 1 if something would go wrong.
+    """
+    values = parse_config("doctor", arguments, "cd")
+    from cm_diffusers.doctor import examine, examine_machine
+    from cm_diffusers.training import ConsistencyConfig
+
+    found = examine(ConsistencyConfig.from_dict(values)) if arguments else examine_machine()
+    print(found)
+    if found.warnings:
+        sys.exit(1)
 
 
 def parse_config(command: str, arguments: Sequence[str], method: str) -> dict[str, Any]:

@@ -52,10 +52,11 @@ class SampleRandom:
         return torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
 
     def normal_like(self, images: Tensor) -> Tensor:
-        """Standard normal noise of the shape of `images`, on the device. Each call draws new numbers."""
+        """Standard normal noise of the shape and memory format of `images`, on the device; new numbers every call."""
         self._drawn += 1
-        noise = torch.empty_like(images, device=self.device)
+        # Numbers are drawn in the order of memory, which must not depend on its format.
+        noise = torch.empty(images.shape, dtype=images.dtype, device=self.device)
         rng = torch.Generator(self.device)
         for sample, seed in zip(noise, self.seeds, strict=True):
             sample.normal_(generator=rng.manual_seed(mixed(seed, self._drawn)))
-        return noise
+        return noise if images.is_contiguous() else torch.empty_like(images).copy_(noise)

@@ -47,7 +47,7 @@ from cm_diffusers.training.runtime import (
 )
 from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
 from cm_diffusers.training.student import make_student
-from cm_diffusers.training.teacher import Teacher, check_teacher, load_teacher
+from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, start_tracker
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class ConsistencyTrainer:
             lay_out(config, self.target_ema.network)
         self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
         self.unet = self.accelerator.unwrap_model(self.student)
-        for average in self._averages().values():
+        for average in self.averages().values():
             shard_like_student(self.accelerator, average.network)
 
     # Training -------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class ConsistencyTrainer:
         """
         total = self.phases[-1].start + self.phases[-1].steps
         self._resume()
-        self._check_teacher()
+        self.check_teacher()
         start_tracker(self.accelerator, self.config)
         self.meter.restart_clock()
         with (
@@ -218,9 +218,7 @@ class ConsistencyTrainer:
                 phase = next(p for p in self.phases if self.step < p.start + p.steps)
                 if self.step == phase.start:
                     self._enter(phase, bar)
-                record = self._optimise(phase, batches)
-                self._follow(phase)
-                self.step += 1
+                record = self.advance(phase, batches)
                 bar.update()
                 stop = self.watch.after(record)
                 self._report(phase, bar)
@@ -256,6 +254,13 @@ class ConsistencyTrainer:
         if self.target_ema is not None:
             self.target_ema.restart(self.unet)
 
+    def advance(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
+        """Take one step, with nothing around it."""
+        record = self._optimise(phase, batches)
+        self._follow(phase)
+        self.step += 1
+        return record
+
     def _optimise(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
         """One optimiser step over all its micro-steps."""
         step = self.step - phase.start
@@ -271,7 +276,7 @@ class ConsistencyTrainer:
             torch.manual_seed(mixed(DROPOUT, self.config.seed, self.step, micro, self.accelerator.process_index))
             with self.accelerator.accumulate(self.student):
                 with self.meter.clock("forward"):
-                    losses = self._losses(phase, step, inputs[-1])
+                    losses = self.losses(phase, step, inputs[-1])
                 with self.meter.clock("backward"):
                     loss = losses.values.mean()
                     self.accelerator.backward(loss)
@@ -290,12 +295,17 @@ class ConsistencyTrainer:
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"The dataset ended at step {self.step}: it cannot be read again, or is below one batch.")
+        return self.to_device(batch)
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as the networks take it; the seeds stay on the CPU."""
         batch = send_to_device(batch, self.accelerator.device, non_blocking=True, skip_keys=["seed"])
         if self.config.channels_last:
             batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    def _losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
+    def losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
+        """The losses of one micro-step, `step` steps into `phase`, for a batch on the device."""
         images, random = batch["images"], SampleRandom(batch["seed"], batch["images"].device)
         with self.accelerator.autocast():
             return phase.objective.losses(images, step, random, **self._conditioning(batch, random))
@@ -326,15 +336,20 @@ class ConsistencyTrainer:
         return {"class_labels": labels}
 
     @torch.no_grad()
-    def _check_teacher(self) -> None:
+    def check_teacher(self) -> TeacherReport | None:
+        """See that the teacher denoises these images; `None` if there is no teacher to check.
+
+        Raises:
+            `ValueError`: if it does not.
+        """
         if self.teacher is None or not self.config.teacher_check or self.config.source != "teacher":
-            return
+            return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
         count = max(8, min(256, 2**20 // math.prod(self.dataset.transform.spec.shape)))
         batch = send_to_device(first_images(self.dataset, count), self.accelerator.device)
         labels = batch.get("class_labels")
         conditional = labels is not None and self.unet.config.num_class_embeds is not None
-        check_teacher(self.teacher, batch["images"], **({"class_labels": labels} if conditional else {}))
+        return check_teacher(self.teacher, batch["images"], **({"class_labels": labels} if conditional else {}))
 
     # What a run leaves behind ---------------------------------------------------------------------------------------
 
@@ -382,7 +397,7 @@ class ConsistencyTrainer:
             `CheckpointError`: if it cannot be written. Older ones stay.
         """
         folder = checkpoints.checkpoint_path(self.output_dir / "checkpoints", self.step)
-        networks = {"student": self.student} | {name: average.network for name, average in self._averages().items()}
+        networks = {"student": self.student} | {name: average.network for name, average in self.averages().items()}
         weights = {name: state.whole_weights(network) for name, network in networks.items()}
         optimizer = state.whole_optimizer(self.student, self.optimizer.optimizer)
         scaler = self.accelerator.scaler
@@ -402,7 +417,8 @@ class ConsistencyTrainer:
         on_main(self.accelerator, write_and_prune)
         return folder
 
-    def _averages(self) -> dict[str, EMA]:
+    def averages(self) -> dict[str, EMA]:
+        """The frozen copies that follow the student."""
         return {"ema": self.ema} | ({"target": self.target_ema} if self.target_ema is not None else {})
 
     def _resume(self) -> None:
@@ -416,7 +432,7 @@ class ConsistencyTrainer:
             return
         folder, saved = found
         is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        networks = {"student": self.student} | {name: average.network for name, average in self._averages().items()}
+        networks = {"student": self.student} | {name: average.network for name, average in self.averages().items()}
         for name, network in networks.items():
             state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
         state.restore_optimizer(self.student, self.optimizer.optimizer, folder, is_main, distributed)

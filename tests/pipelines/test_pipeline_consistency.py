@@ -223,6 +223,36 @@ def test_half_precision_images_are_close_to_full(make_unet: Callable[..., UNet2D
     torch.testing.assert_close(*images, rtol=0, atol=0.05)
 
 
+# Speed and memory, through diffusers' own hooks ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def attention_pipeline(make_unet: Callable[..., UNet2DModel]) -> ConsistencyPipeline:
+    return vp_pipeline(make_unet(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_compiled_unet_gives_the_same_images(attention_pipeline: ConsistencyPipeline, steps: int) -> None:
+    torch._dynamo.reset()
+    expected = images_of(attention_pipeline, num_inference_steps=steps)
+    attention_pipeline.unet.compile(backend="aot_eager", fullgraph=True)
+    np.testing.assert_allclose(images_of(attention_pipeline, num_inference_steps=steps), expected, atol=1e-5)
+
+
+def test_offloaded_pipeline_gives_the_same_images(attention_pipeline: ConsistencyPipeline) -> None:
+    expected = images_of(attention_pipeline, num_inference_steps=2)
+    attention_pipeline.enable_model_cpu_offload(device="cpu")
+    assert hasattr(attention_pipeline.unet, "_hf_hook")
+    np.testing.assert_array_equal(images_of(attention_pipeline, num_inference_steps=2), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends_give_the_same_images(attention_pipeline: ConsistencyPipeline, backend: str) -> None:
+    expected = images_of(attention_pipeline)
+    attention_pipeline.unet.set_attention_backend(backend)
+    np.testing.assert_allclose(images_of(attention_pipeline), expected, atol=1e-5)
+
+
 # Class labels --------------------------------------------------------------------------------------------------------
 
 

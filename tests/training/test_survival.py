@@ -6,6 +6,7 @@ checkpoint is written.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -52,6 +53,7 @@ def instants(chance: random.Random) -> list[str]:
 def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
     """Start the run, and kill one of its processes at a random instant. Returns where it was then."""
     env = environment(**DROPOUT, TINY_PAUSE="0.1", TINY_SLOW_DISK="0.02")
+    left_over = half_written(folder)
     process = subprocess.Popen(
         command(folder, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -61,19 +63,25 @@ def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
         else:
             process.stdout.readline()  # the first step
             if when == "write":
-                wait_for(lambda: is_writing(folder) or process.poll() is not None)
+                wait_for(lambda: half_written(folder) - left_over or process.poll() is not None)
             time.sleep(chance.uniform(0, 0.1 if when == "write" else 0.5))
-        ended, found = process.poll(), "write" if is_writing(folder) else when
-        if ended is None:
-            victim(process.pid, chance).kill()
-            process.wait(60)  # what is left of it ends by itself
+        if process.poll() is not None:
+            return "end"
+        found = "write" if half_written(folder) - left_over else "step" if when == "write" else when
+        victim(process.pid, chance).kill()
+        process.wait(60)  # what is left of it ends by itself
+        return found
     finally:
         end_session(process)
-    return "end" if ended is not None else found
 
 
-def is_writing(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob(".*.partial"))
+def half_written(folder: Path) -> set[tuple[int, int]]:
+    """The checkpoints that are being written, or were when their run was killed."""
+    found = set()
+    for partial in (folder / "checkpoints").glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((partial.stat().st_ino, partial.stat().st_ctime_ns))
+    return found
 
 
 def wait_for(happened, seconds: float = 60.0) -> None:

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import shutil
 import signal
@@ -157,6 +156,51 @@ def losses_of(trainer):
     trainer._optimise = recorded
     trainer.train()
     return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"compile": True}, {"compile": True, "target": "student"}, {"channels_last": True},
+     {"gradient_checkpointing": True}, {"compile": True, "gradient_checkpointing": True, "channels_last": True}],
+    ids=str,
+)  # fmt: skip
+def test_ways_to_be_faster_compute_the_same(changes, tmp_path, monkeypatch):
+    """And what is compiled is compiled once, whatever N."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda net, **options: compiled(net, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    same = {"levels": "doubling", "s0": 2, "s1": 16, "num_levels": None, "max_train_steps": 8, "num_workers": 1}
+    same |= {"target": changes.get("target")}
+    plain = make_trainer(tmp_path / "plain", **same)
+    expected = losses_of(plain)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = make_trainer(tmp_path / "fast", **{**same, **changes})
+    graphs, advance = [], trainer.advance
+
+    def counted(phase, batches):
+        record = advance(phase, batches)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return record
+
+    trainer.advance = counted
+    torch.testing.assert_close(losses_of(trainer), expected, rtol=1e-4, atol=0)
+    assert trainer.levels.num_levels(7) > trainer.levels.num_levels(0)
+    if "compile" in changes:
+        assert 0 < graphs[2] == graphs[-1]  # conversion, and then cd, with all its N
+    loaded = ConsistencyPipeline.from_pretrained(tmp_path / "fast")
+    torch.testing.assert_close(weights(loaded.unet), weights(plain.ema.network), rtol=0, atol=1e-4)
+
+
+def test_a_teacher_in_low_precision_is_a_copy(tmp_path):
+    unet = build_unet()
+    trainer = make_trainer(tmp_path, (unet, diffusers.DDPMScheduler()), teacher_dtype="bfloat16")
+    trainer.train()
+    assert trainer.teacher.unet.dtype == torch.bfloat16
+    assert unet.dtype == trainer.unet.dtype == torch.float32
 
 
 @pytest.fixture
@@ -338,8 +382,8 @@ def test_a_bad_step_is_left_out_counted_and_dumped(optimizer, tmp_path, caplog):
     dumped = load_file(tmp_path / "bad-steps" / "step-00000002-rank-0.safetensors")
     # What was dumped can be taken again.
     batch = {name.split(".")[0]: value for name, value in dumped.items()}
-    assert trainer._losses(trainer.phases[-1], 2, batch).values.isnan().all()
-    assert trainer._losses(trainer.phases[-1], 3, batch).values.isfinite().all()
+    assert trainer.losses(trainer.phases[-1], 2, batch).values.isnan().all()
+    assert trainer.losses(trainer.phases[-1], 3, batch).values.isfinite().all()
 
 
 def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):

@@ -1,0 +1,104 @@
+"""What a training step has to hold in memory, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Footprint:
+    """Bytes of one process, of everything that lives through a step or its backward pass.
+
+    Args:
+        student, teacher, averages (`int`): weights and buffers of the student, the teacher, and of target and
+            evaluation average together.
+        gradients (`int`): of the student.
+        optimizer (`int`): its moments.
+        activations (`int`): what one micro-step keeps for its backward pass.
+    """
+
+    student: int
+    teacher: int
+    averages: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+class Kept:
+    """Counts the memory that autograd keeps for the backward pass, each piece once, without the weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.bytes = 0
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in _plain(network.parameters())}
+        self._alive: list[Any] = []
+
+    @contextmanager
+    def counting(self) -> Iterator[Kept]:
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield self
+        self._alive.clear()
+
+    @contextmanager
+    def by_block(self, network: nn.Module) -> Iterator[dict[nn.Module, int]]:
+        """Also count what is kept for each block that gradient checkpointing would compute again."""
+        found: dict[nn.Module, int] = {}
+        blocks = {
+            block
+            for owner in network.modules()
+            if hasattr(owner, "gradient_checkpointing")
+            for part in owner.children()
+            if isinstance(part, nn.ModuleList)
+            for block in part
+            if not hasattr(block, "gradient_checkpointing")
+        }
+
+        def before(block: nn.Module, *_: Any) -> None:
+            found[block] = -self.bytes
+
+        def after(block: nn.Module, *_: Any) -> None:
+            found[block] += self.bytes
+
+        hooks = [
+            hook for b in blocks for hook in (b.register_forward_pre_hook(before), b.register_forward_hook(after))
+        ]
+        yield found
+        for hook in hooks:
+            hook.remove()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage() if not hasattr(tensor, "to_local") else tensor.to_local().untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._alive.append(storage)  # no other may take its address
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _plain(tensors: Any) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def bytes_of(*networks: nn.Module | None) -> int:
+    """Weights and buffers, of which this process holds a part if they are sharded."""
+    return sum(
+        tensor.nbytes
+        for network in networks
+        if network is not None
+        for tensor in _plain([*network.parameters(), *network.buffers()])
+    )
+
+
+def bytes_of_gradients(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in _plain(network.parameters()) if parameter.requires_grad)
