@@ -3,7 +3,8 @@
     python examples/benchmarks/training_step.py [--batch_size 64] [--size 16] [--channels 64] [--rounds 20]
 
 The parts are two passes of the teacher (Heun), one of the target, the student forward and backward, and the optimiser;
-the step adds to them the noise, the preconditioning, the distance, clipping, both averages and the loop.
+the step adds to them the noise, the preconditioning, the distance, clipping, both averages, the watch over bad steps
+and the loop.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import argparse
 import tempfile
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from setting import make_trainer
 from timing import median_seconds, peak_memory
 
-from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
+from cm_diffusers import ConsistencyTrainer
 
 
 def main() -> None:
@@ -26,21 +27,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
 
-    teacher = UNet2DModel(
-        sample_size=options.size,
-        block_out_channels=(options.channels, options.channels),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        config = ConsistencyConfig(
-            distance="pseudo_huber", batch_size=options.batch_size, conversion_steps=0, teacher_check=False,
-            output_dir=folder, tracker="none", target="ema", mu=0.95,
-        )  # fmt: skip
-        images = torch.randn(8 * options.batch_size, 3, options.size, options.size)
-        trainer = ConsistencyTrainer(config, teacher=(teacher, DDPMScheduler()), train_dataset=images)
-        measure(trainer, options)
+        measure(make_trainer(folder, options.batch_size, options.size, options.channels), options)
 
 
 def measure(trainer: ConsistencyTrainer, options: argparse.Namespace) -> None:
@@ -51,8 +39,7 @@ def measure(trainer: ConsistencyTrainer, options: argparse.Namespace) -> None:
     target = trainer.target_ema.network
 
     def step() -> None:
-        trainer._optimise(phase, batches)
-        trainer._follow(phase)
+        trainer.watch.after(trainer.advance(phase, batches))
 
     def without_gradient(network: torch.nn.Module) -> None:
         with torch.no_grad():
