@@ -22,7 +22,7 @@ from torch import nn
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients
 from cm_diffusers.training.objectives.pairs import PairObjective
-from cm_diffusers.training.runtime import is_sharded
+from cm_diffusers.training.sharding import is_sharded
 from cm_diffusers.training.teacher import Teacher, load_teacher
 from cm_diffusers.training.trainer import ConsistencyTrainer
 

@@ -37,7 +37,7 @@ def run(folder: Path, env: dict[str, str] | None = None, **settings: Any) -> Non
     done = subprocess.run(
         command(folder, **settings), env=environment(**(env or {})), capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-30000:]
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -5,6 +5,7 @@ alone, and under torchrun or `accelerate launch`. It says each step on its outpu
 
     TINY_DROPOUT    the network's dropout
     TINY_PAUSE      seconds to wait after each step
+    TINY_BAD_STEP   a step whose loss is not a number
     TINY_SLOW_DISK  seconds that a checkpoint's file takes to be flushed
 """
 
@@ -58,6 +59,7 @@ def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
     """The loss of every step over all processes, filled while it trains."""
     losses: dict[int, float] = {}
     optimise, pause = trainer._optimise, float(os.environ.get("TINY_PAUSE", 0))
+    losses_of, bad_step = trainer.losses, int(os.environ.get("TINY_BAD_STEP", -1))
 
     def watched(phase, batches):
         record = optimise(phase, batches)
@@ -67,7 +69,11 @@ def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
         time.sleep(pause)
         return record
 
-    trainer._optimise = watched
+    def poisoned(*arguments):
+        found = losses_of(*arguments)
+        return found._replace(values=found.values * float("nan")) if trainer.step == bad_step else found
+
+    trainer._optimise, trainer.losses = watched, poisoned
     return losses
 
 

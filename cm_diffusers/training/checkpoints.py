@@ -61,9 +61,12 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in _newest_first(root)[keep:]:
+def prune(newest: Path, keep: int) -> None:
+    """Delete all but `keep` of the checkpoints up to `newest`, which was just written.
+
+    Later ones are damaged, or of a run that was gone back on: they do not count as something to fall back to.
+    """
+    for folder in [folder for folder in _newest_first(newest.parent) if folder <= newest][keep:]:
         shutil.rmtree(folder)
 
 
@@ -82,6 +85,19 @@ def verify(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {folder} is not whole: {error}") from error
     return state
+
+
+def refuse_to_start_anew(root: Path) -> None:
+    """See that no earlier run would be mixed up with a new one.
+
+    Raises:
+        `ValueError`: if there are checkpoints under `root`.
+    """
+    if folders := _newest_first(root):
+        raise ValueError(
+            f"`output_dir` holds checkpoints of an earlier run, the last {folders[0].name}: go on with it "
+            f"(`resume: auto`), take another `output_dir`, or delete {root}."
+        )
 
 
 def find(resume: str, root: Path) -> tuple[Path, dict[str, Any]] | None:

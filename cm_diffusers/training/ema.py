@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from cm_diffusers.training.sharding import own_part, whole_tensor
+
 
 class EMA:
     """A frozen copy of a network that follows it.
@@ -23,9 +25,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, decay: float) -> None:
-        """`ema <- decay * ema + (1 - decay) * network`, all weights at once. Buffers are copied."""
-        own = [_own_part(parameter) for parameter in self.network.parameters()]
-        torch._foreach_lerp_(own, [_own_part(p.detach()).float() for p in network.parameters()], 1 - decay)
+        """`ema <- decay * ema + (1 - decay) * network`, each part where it is. Buffers are copied."""
+        own, other = ([own_part(weight).detach() for weight in n.parameters()] for n in (self.network, network))
+        torch._foreach_lerp_(own, [weight.float() for weight in other], 1 - decay)
         for buffer, source in zip(self.network.buffers(), network.buffers(), strict=True):
             buffer.copy_(source)
 
@@ -34,20 +36,15 @@ class EMA:
         self.update(network, decay=0.0)
 
 
-def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, or the tensor; an average is the same for each part."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
 def whole(network: nn.Module) -> nn.Module:
     """A network that is not sharded: itself, or a copy from the parts of all processes. Called by all of them."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+    if not any(own_part(weight) is not weight for weight in network.parameters()):
         return network
     plain: Any = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
     with torch.device("meta"):
         copied: nn.Module = plain.from_config(network.config)
-    tensors = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in network.state_dict().items()}
+    weights = dict(network.named_parameters())
+    tensors = {name: whole_tensor(weights.get(name, value)) for name, value in network.state_dict().items()}
     copied.load_state_dict(tensors, assign=True)
     return copied.eval()
 

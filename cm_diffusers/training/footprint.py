@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.training.sharding import own_part
+
 
 @dataclass
 class Footprint:
@@ -40,7 +42,7 @@ class Kept:
 
     def __init__(self, network: nn.Module) -> None:
         self.bytes = 0
-        self._seen = {parameter.untyped_storage().data_ptr() for parameter in _plain(network.parameters())}
+        self._seen = {own_part(parameter).untyped_storage().data_ptr() for parameter in network.parameters()}
         self._alive: list[Any] = []
 
     @contextmanager
@@ -77,7 +79,7 @@ class Kept:
             hook.remove()
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage() if not hasattr(tensor, "to_local") else tensor.to_local().untyped_storage()
+        storage = own_part(tensor).untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self._alive.append(storage)  # no other may take its address
@@ -85,20 +87,15 @@ class Kept:
         return tensor
 
 
-def _plain(tensors: Any) -> Iterator[Tensor]:
-    for tensor in tensors:
-        yield tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def bytes_of(*networks: nn.Module | None) -> int:
     """Weights and buffers, of which this process holds a part if they are sharded."""
     return sum(
-        tensor.nbytes
+        own_part(tensor).nbytes
         for network in networks
         if network is not None
-        for tensor in _plain([*network.parameters(), *network.buffers()])
+        for tensor in [*network.parameters(), *network.buffers()]
     )
 
 
 def bytes_of_gradients(network: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in _plain(network.parameters()) if parameter.requires_grad)
+    return sum(own_part(parameter).nbytes for parameter in network.parameters() if parameter.requires_grad)

@@ -16,6 +16,7 @@ from cm_diffusers.training.ema import EMA
 from cm_diffusers.training.objectives import Objective
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import WEIGHTINGS, FromTeacher, PairObjective, Source, from_data
+from cm_diffusers.training.schedules import learning_rate
 from cm_diffusers.training.solvers import SOLVERS, Denoise
 from cm_diffusers.training.student import needs_conversion
 from cm_diffusers.training.teacher import Teacher
@@ -32,6 +33,10 @@ class Phase:
     learning_rate: float
     lr_schedule: str
     lr_warmup_steps: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from the beginning of the phase."""
+        return learning_rate(step, self.steps, self.learning_rate, self.lr_schedule, self.lr_warmup_steps)
 
 
 def make_phases(

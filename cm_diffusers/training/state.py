@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from cm_diffusers.training import zero
+
 OPTIMIZER = "optimizer"
 
 
@@ -31,12 +32,20 @@ def _options(**more: Any) -> StateDictOptions:
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network, sharded or not, on the CPU. Called by all processes, filled on the main one."""
-    weights: dict[str, Any] = get_model_state_dict(network, options=_options())
-    return weights
+    if not any(map(zero.is_partitioned, network.parameters())):
+        weights: dict[str, Any] = get_model_state_dict(network, options=_options())
+        return weights
+    parameters = dict(network.named_parameters())
+    return {
+        name: zero.whole_tensor(parameters[name]).cpu() if name in parameters else value.cpu()
+        for name, value in network.state_dict().items()
+    }
 
 
-def whole_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def whole_optimizer(student: nn.Module, optimizer: Any) -> dict[str, Any]:
     """The optimiser's state by the names of the parameters, on the CPU. Called by all, filled on the main process."""
+    if zero.is_zero_optimizer(optimizer):
+        return zero.whole_optimizer(student, optimizer)
     return get_optimizer_state_dict(student, optimizer, options=_options())
 
 
@@ -56,12 +65,13 @@ def write(folder: Path, networks: dict[str, dict[str, Tensor]], optimizer: dict[
 def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: bool) -> None:
     """Give a network its weights back. Only the main process reads the file."""
     tensors = load_file(file) if is_main or not distributed else {}
-    set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed))
+    if any(map(zero.is_partitioned, network.parameters())):
+        zero.restore_weights(network, tensors)
+    else:
+        set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed))
 
 
-def restore_optimizer(
-    student: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, is_main: bool, distributed: bool
-) -> None:
+def restore_optimizer(student: nn.Module, optimizer: Any, folder: Path, is_main: bool, distributed: bool) -> None:
     """Give the optimiser its state back. Only the main process reads the files."""
     state: dict[str, Any] = {}
     if is_main or not distributed:
@@ -70,4 +80,7 @@ def restore_optimizer(
             parameter, name = key.rsplit("/", 1)
             moments[parameter][name] = value
         state = {"state": dict(moments), "param_groups": json.loads((folder / f"{OPTIMIZER}.json").read_text())}
-    set_optimizer_state_dict(student, optimizer, state, options=_options(broadcast_from_rank0=distributed))
+    if zero.is_zero_optimizer(optimizer):
+        zero.restore_optimizer(student, optimizer, state.get("state", {}))
+    else:
+        set_optimizer_state_dict(student, optimizer, state, options=_options(broadcast_from_rank0=distributed))

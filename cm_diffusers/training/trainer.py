@@ -33,19 +33,19 @@ from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.images import ImageSpec
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.phases import Phase, make_phases
 from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.runtime import (
+    autocast,
     check_writable,
     in_precision,
     lay_out,
     make_accelerator,
-    make_optimizer,
     on_main,
-    shard_like_student,
-    take_step,
 )
-from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
+from cm_diffusers.training.schedules import make_levels, mu_schedule
+from cm_diffusers.training.sharding import shard_like_student
 from cm_diffusers.training.student import make_student
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, start_tracker
@@ -89,7 +89,10 @@ class ConsistencyTrainer:
         self.config = config = config.resolve()
         self.output_dir = Path(config.output_dir)
         check_writable(self.output_dir)
+        self.checkpoint_dir = self.output_dir / "checkpoints"
         self.accelerator = make_accelerator(config)
+        if config.resume is None:
+            on_main(self.accelerator, lambda: checkpoints.refuse_to_start_anew(self.checkpoint_dir))
         set_seed(config.seed)
 
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
@@ -109,7 +112,7 @@ class ConsistencyTrainer:
             self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
             self.accelerator.num_processes,
         )  # fmt: skip
-        self.step = 0
+        self.step, self._saved = 0, Path()
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         self.meter = Meter(
             self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
@@ -264,9 +267,8 @@ class ConsistencyTrainer:
     def _optimise(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
         """One optimiser step over all its micro-steps."""
         step = self.step - phase.start
-        rate = learning_rate(step, phase.steps, phase.learning_rate, phase.lr_schedule, phase.lr_warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = phase.learning_rate_at(step)
+        set_learning_rate(self.optimizer, self.config, rate, self.step)
         inputs: list[dict[str, Tensor]] = []
         means = []
         norm = torch.zeros((), device=self.accelerator.device)
@@ -307,13 +309,13 @@ class ConsistencyTrainer:
     def losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
         """The losses of one micro-step, `step` steps into `phase`, for a batch on the device."""
         images, random = batch["images"], SampleRandom(batch["seed"], batch["images"].device)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             return phase.objective.losses(images, step, random, **self._conditioning(batch, random))
 
     def _gradient_norm(self) -> Tensor:
         """Clip the gradient; returns its norm before."""
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _follow(self, phase: Phase) -> None:
         """Move the averages towards the new weights."""
@@ -358,7 +360,7 @@ class ConsistencyTrainer:
         last = done == phase.steps
         if step % config.logging_steps == 0 or last:
             values = {
-                "lr": self.optimizer.param_groups[0]["lr"], "ema_decay": self._ema_decay(done - 1),
+                "lr": phase.learning_rate_at(done - 1), "ema_decay": self._ema_decay(done - 1),
                 "skipped_steps": self.watch.skipped,
             }  # fmt: skip
             if phase is self.phases[-1]:
@@ -396,10 +398,12 @@ class ConsistencyTrainer:
         Raises:
             `CheckpointError`: if it cannot be written. Older ones stay.
         """
-        folder = checkpoints.checkpoint_path(self.output_dir / "checkpoints", self.step)
-        networks = {"student": self.student} | {name: average.network for name, average in self.averages().items()}
+        folder = checkpoints.checkpoint_path(self.checkpoint_dir, self.step)
+        if folder == self._saved:
+            return folder
+        networks = self._networks()
         weights = {name: state.whole_weights(network) for name, network in networks.items()}
-        optimizer = state.whole_optimizer(self.student, self.optimizer.optimizer)
+        optimizer = state.whole_optimizer(self.unet, self.optimizer.optimizer)
         scaler = self.accelerator.scaler
         run = {
             **self._run(), "step": self.step, "data": gather_object([self.batches.state()]),
@@ -412,10 +416,15 @@ class ConsistencyTrainer:
 
         def write_and_prune() -> None:
             checkpoints.write_files(folder, write)
-            checkpoints.prune(folder.parent, self.config.checkpoint_limit)
+            checkpoints.prune(folder, self.config.checkpoint_limit)
 
         on_main(self.accelerator, write_and_prune)
+        self._saved = folder
         return folder
+
+    def _networks(self) -> dict[str, Any]:
+        """What is trained, and what follows it."""
+        return {"student": self.unet} | {name: average.network for name, average in self.averages().items()}
 
     def averages(self) -> dict[str, EMA]:
         """The frozen copies that follow the student."""
@@ -424,7 +433,7 @@ class ConsistencyTrainer:
     def _resume(self) -> None:
         if self.config.resume is None:
             return
-        resume, root = self.config.resume, self.output_dir / "checkpoints"
+        resume, root = self.config.resume, self.checkpoint_dir
         run = self._run()
         found = on_main(self.accelerator, lambda: find_matching(resume, root, run))
         if found is None:
@@ -432,10 +441,10 @@ class ConsistencyTrainer:
             return
         folder, saved = found
         is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        networks = {"student": self.student} | {name: average.network for name, average in self.averages().items()}
+        networks = self._networks()
         for name, network in networks.items():
             state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
-        state.restore_optimizer(self.student, self.optimizer.optimizer, folder, is_main, distributed)
+        state.restore_optimizer(self.unet, self.optimizer.optimizer, folder, is_main, distributed)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]

@@ -72,5 +72,12 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path):
 
 def test_pruning_keeps_the_newest(tmp_path):
     folders = [write(tmp_path, step) for step in (1, 20, 3)]
-    checkpoints.prune(tmp_path, 2)
+    checkpoints.prune(folders[1], 2)
     assert [folder.exists() for folder in folders] == [False, True, True]
+
+
+def test_pruning_counts_no_later_checkpoint_which_the_run_could_not_use(tmp_path):
+    damaged, written = write(tmp_path, 20), write(tmp_path, 15)
+    damage(damaged / "sub" / "weights", "flip")
+    checkpoints.prune(written, 1)
+    assert checkpoints.find("auto", tmp_path) == (written, {"step": 15})

@@ -34,7 +34,10 @@ def launch(config: str, *arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
-SHARDED = {**HALVES, "launcher": launch("fsdp2", "--num_processes", "2")}
+SHARDED, ZERO2, ZERO3 = (
+    {**HALVES, "launcher": launch(config, "--num_processes", "2")}
+    for config in ("fsdp2", "deepspeed-zero2", "deepspeed-zero3")
+)
 
 
 def assert_same_training(folder: Path, golden: Path, exactly: bool = False) -> None:
@@ -77,6 +80,16 @@ def sharded(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
+def zero(tmp_path_factory, request):
+    """Two processes under DeepSpeed."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("zero")
+    split = {2: ZERO2, 3: ZERO3}[request.param]
+    run(folder, **split)
+    return folder, split
+
+
 def test_two_ranks_equal_one_process(two_ranks, golden):
     assert len(losses(two_ranks)) == STEPS + 3  # with the conversion
     assert_same_training(two_ranks, golden)
@@ -87,6 +100,42 @@ def test_sharded_ranks_equal_one_process_and_save_a_pipeline_that_loads(sharded,
     images = ConsistencyPipeline.from_pretrained(sharded)(batch_size=2, output_type="pt").images
     assert images.shape == (2, 3, 8, 8)
     assert images.isfinite().all()
+
+
+def test_deepspeed_equals_one_process_and_resumes_with_and_without(zero, golden, tmp_path):
+    folder, split = zero
+    assert_same_training(folder, golden)
+    images = ConsistencyPipeline.from_pretrained(folder)(batch_size=2, output_type="pt").images
+    assert images.isfinite().all()
+    for name, before, then, exactly in (
+        ("alike", folder, split, True), ("without", folder, WHOLE, False), ("with", golden, split, False)
+    ):  # fmt: skip
+        resumed = copy_half_of(before, tmp_path / name)
+        run(resumed, **then)
+        assert_same_training(resumed, before, exactly)
+
+
+def test_deepspeed_leaves_a_bad_step_out(golden, tmp_path):
+    pytest.importorskip("deepspeed")
+    run(tmp_path / "zero", env={"TINY_BAD_STEP": "5"}, **ZERO3)
+    run(tmp_path / "plain", env={"TINY_BAD_STEP": "5"}, **WHOLE)
+    assert (tmp_path / "zero" / "bad-steps" / "step-00000005-rank-1.json").exists()
+    assert_same_training(tmp_path / "zero", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "set `mixed_precision` to bf16 or no"),
+        ({}, "stages 2 and 3 here, not in stage 1"),
+    ],
+)
+def test_what_deepspeed_is_not_used_for_is_refused(settings, message, tmp_path):
+    pytest.importorskip("deepspeed")
+    stage = [] if settings else ["--zero_stage", "1"]
+    launcher = launch("deepspeed-zero2", "--num_processes", "1", *stage)
+    with pytest.raises(AssertionError, match=message):
+        run(tmp_path, launcher=launcher, **settings)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
     process = subprocess.Popen(
         command(folder, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
+    family = []
     try:
         if when == "start":
             time.sleep(chance.uniform(0, 8))
@@ -68,11 +69,13 @@ def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
         if process.poll() is not None:
             return "end"
         found = "write" if half_written(folder) - left_over else "step" if when == "write" else when
-        victim(process.pid, chance).kill()
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        # The run, one of its ranks, or a loader's worker, which the memory watchdog of a cluster is fond of.
+        chance.choice([family[0]] * max(len(family) - 1, 1) + family[1:]).kill()
         process.wait(60)  # what is left of it ends by itself
         return found
     finally:
-        end_session(process)
+        end(process, family)
 
 
 def half_written(folder: Path) -> set[tuple[int, int]]:
@@ -90,19 +93,15 @@ def wait_for(happened, seconds: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-def victim(pid: int, chance: random.Random) -> psutil.Process:
-    """The run, one of its ranks, or a loader's worker, which the memory watchdog of a cluster is fond of."""
-    family = psutil.Process(pid).children(recursive=True)
-    return chance.choice([psutil.Process(pid)] * (len(family) or 1) + family)
-
-
-def end_session(process: subprocess.Popen) -> None:
-    """Nothing of the run may still write when it is started again."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def end(process: subprocess.Popen, family: list[psutil.Process]) -> None:
+    """End what is left of a run. Ranks outlive a torchrun that is killed, and would write beside the next run."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = family or [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
+    psutil.wait_procs(family, timeout=10)
     process.stdout.close()
 
 
@@ -119,7 +118,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
-        end_session(process)
+        end(process, [])
     assert process.returncode != 0
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1, errors.decode()[-3000:]
     assert b"go on with `resume: auto`" in errors

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.training import checkpoints
 from cm_diffusers.training.checkpoints import CheckpointError
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 
@@ -335,6 +336,24 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
     make_trainer(tmp_path, checkpoint_steps=2).train()
     with pytest.raises(ValueError, match="learning_rate was 0.0001 and is 0.5"):
         make_trainer(tmp_path, checkpoint_steps=2, resume="auto", learning_rate=0.5).train()
+
+
+def test_a_new_run_is_not_mixed_with_an_earlier_one(tmp_path):
+    make_trainer(tmp_path, checkpoint_steps=2).train()
+    before = sorted((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match="an earlier run, the last step-0000000.*`resume: auto`"):
+        make_trainer(tmp_path, checkpoint_steps=2)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    written, write_files = [], checkpoints.write_files
+    monkeypatch.setattr(
+        checkpoints, "write_files", lambda folder, write: written.append(folder) or write_files(folder, write)
+    )
+    trainer = make_trainer(tmp_path)
+    assert trainer.save_checkpoint() == trainer.save_checkpoint() == written[0]
+    assert len(written) == 1
 
 
 class Poisoned:
