@@ -22,7 +22,8 @@ from torch import nn
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients
 from cm_diffusers.training.objectives.pairs import PairObjective
-from cm_diffusers.training.sharding import is_sharded
+from cm_diffusers.training.runtime import end_training
+from cm_diffusers.training.sharding import is_sharded, uses_zero
 from cm_diffusers.training.teacher import Teacher, load_teacher
 from cm_diffusers.training.trainer import ConsistencyTrainer
 
@@ -114,7 +115,7 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
         _examine_disk(found, trainer, disk)
         if not found.warnings:
             _examine_speed(found, trainer)
-        trainer.accelerator.end_training()
+        end_training(trainer.accelerator)
     return found
 
 
@@ -223,12 +224,16 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
     kept = [_bytes_kept(trainer, {name: value[:size] for name, value in batch.items()}) for size in sizes]
     per_image = float(kept[1] - kept[0]) if len(kept) > 1 else float(kept[0])
     gradients = bytes_of_gradients(trainer.student)
+    moments = 2 * gradients
+    if uses_zero(trainer.accelerator) and not is_sharded(trainer.accelerator):
+        # Stage 2 has a part of the moments, and a second copy of the weights that they move.
+        moments = 3 * gradients // trainer.accelerator.num_processes
     footprint = Footprint(
         student=bytes_of(trainer.student),
         teacher=bytes_of(trainer.teacher.unet) if trainer.teacher is not None else 0,
         averages=bytes_of(*(average.network for average in trainer.averages().values())),
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=moments,
         activations=int(kept[0] + per_image * (trainer.config.batch_size - 1)),
     )
     return footprint, max(per_image, 1.0)
@@ -270,7 +275,7 @@ def _bytes_free(device: torch.device) -> int:
 
 def _examine_disk(found: Diagnosis, trainer: ConsistencyTrainer, disk: str) -> None:
     assert found.footprint is not None
-    parts = found.footprint.student + found.footprint.averages + found.footprint.optimizer
+    parts = 3 * found.footprint.student + found.footprint.averages  # the student's weights and its two moments
     shared = trainer.accelerator.num_processes if is_sharded(trainer.accelerator) else 1
     # One more is there while it is written.
     needed = parts * shared * (trainer.config.checkpoint_limit + 1)

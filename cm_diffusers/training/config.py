@@ -88,6 +88,9 @@ class ConsistencyConfig:
     # Data
     dataset: str | None = _option(None, "Hub id, folder of images, parquet files, or a saved dataset")
     dataset_name: str | None = _option(None, "configuration of the dataset")
+    data_files: list[str] | None = _option(
+        None, "files or URLs of the dataset, with wildcards; with `dataset: webdataset`, its shards"
+    )
     dataset_split: str = _option("train", "split of the dataset")
     streaming: bool = _option(False, "read the dataset as it comes, without downloading it first")
     image_column: str | None = _option(None, "column of images; found by itself when there is one")

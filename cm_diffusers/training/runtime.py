@@ -56,6 +56,13 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
     return zero.autocast(accelerator) if uses_zero(accelerator) else accelerator.autocast()
 
 
+def end_training(accelerator: Accelerator) -> None:
+    """Close trackers, and the processes' connections."""
+    if uses_zero(accelerator):
+        zero.disconnect()
+    accelerator.end_training()
+
+
 def in_precision(teacher: nn.Module, config: ConsistencyConfig) -> nn.Module:
     """The teacher, or a copy of it, in `config.teacher_dtype`: the caller's own stays as it is."""
     dtype = getattr(torch, config.teacher_dtype)

@@ -39,6 +39,7 @@ from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.runtime import (
     autocast,
     check_writable,
+    end_training,
     in_precision,
     lay_out,
     make_accelerator,
@@ -162,8 +163,9 @@ class ConsistencyTrainer:
                 raise ValueError("Training needs a `dataset`.")
             with self.accelerator.main_process_first():
                 dataset = load_image_dataset(
-                    config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming
-                )
+                    config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming,
+                    data_files=config.data_files,
+                )  # fmt: skip
         size = config.resolution or unet.config.sample_size
         if size is None:
             raise ValueError("The network's config has no `sample_size`: set `resolution`.")
@@ -230,7 +232,7 @@ class ConsistencyTrainer:
         self.watch.settle()
         pipeline = self.pipeline()
         on_main(self.accelerator, lambda: self.save(pipeline))
-        self.accelerator.end_training()
+        end_training(self.accelerator)
         return pipeline
 
     def _progress_bar(self, total: int) -> tqdm:
@@ -240,7 +242,7 @@ class ConsistencyTrainer:
     def _stop(self) -> None:
         self.watch.settle()
         folder = self.save_checkpoint()
-        self.accelerator.end_training()
+        end_training(self.accelerator)
         message = f"Asked to end (SIGTERM): the run is saved in {folder}, go on with `resume: auto`."
         logger.warning(message)
         raise Preempted(message)

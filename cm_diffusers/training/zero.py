@@ -58,6 +58,13 @@ def autocast(accelerator: Accelerator) -> torch.autocast:
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings["enabled"])
 
 
+def disconnect() -> None:
+    """Let go of the process groups, which DeepSpeed would otherwise hold until the interpreter has shut down."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
+
+
 def partition(accelerator: Accelerator, network: nn.Module) -> None:
     """Spread a frozen network over the processes as stage 3 does, in place. It gathers each layer when it runs."""
     import deepspeed

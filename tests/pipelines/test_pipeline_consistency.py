@@ -19,6 +19,8 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.preconditioning import Denoiser
@@ -246,11 +248,15 @@ def test_offloaded_pipeline_gives_the_same_images(attention_pipeline: Consistenc
     np.testing.assert_array_equal(images_of(attention_pipeline, num_inference_steps=2), expected)
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_attention_backends_give_the_same_images(attention_pipeline: ConsistencyPipeline, backend: str) -> None:
-    expected = images_of(attention_pipeline)
-    attention_pipeline.unet.set_attention_backend(backend)
-    np.testing.assert_allclose(images_of(attention_pipeline), expected, atol=1e-5)
+def test_attention_kernels_give_the_same_images(attention_pipeline: ConsistencyPipeline) -> None:
+    flash, math = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    images, seen = {}, {}
+    for backend in (flash, math):
+        with sdpa_kernel(backend), profile(activities=[ProfilerActivity.CPU]) as profiler:
+            images[backend] = images_of(attention_pipeline)
+        seen[backend] = {event.key for event in profiler.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in seen[flash] - seen[math]
+    np.testing.assert_allclose(images[flash], images[math], atol=1e-5)
 
 
 # Class labels --------------------------------------------------------------------------------------------------------

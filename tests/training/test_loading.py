@@ -168,8 +168,12 @@ def test_webdataset_shards_are_a_stream(tmp_path):
         write_shard(tmp_path / f"shard-{shard}.tar", range(6 * shard, 6 * shard + 6))
     from cm_diffusers.training.data import load_image_dataset
 
-    for path in (tmp_path, tmp_path / "shard-0.tar"):
-        source = load_image_dataset(str(path), streaming=True)
+    for path, files in (
+        (tmp_path, None),
+        (tmp_path / "shard-0.tar", None),
+        ("webdataset", [f"{tmp_path}/shard-*.tar"]),
+    ):
+        source = load_image_dataset(str(path), streaming=True, data_files=files)
         prepared = prepare_dataset(source, PIXELS, label_column="cls", num_classes=12)
         (batch,) = take(Batches(prepared, 6, seed=0), 1)
         assert torch.equal(batch["images"][:, 0, 0, 0].long(), batch["class_labels"])
