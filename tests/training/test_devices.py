@@ -3,6 +3,8 @@
 What is computed on them can be watched, too: nothing may make the host wait for the device.
 """
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -10,11 +12,13 @@ from conftest import build_unet
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cm_diffusers import ConsistencyConfig
 from cm_diffusers.noise_levels import Levels
 from cm_diffusers.preconditioning import Denoiser, read_preconditioning
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, inverse_gap
+from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import heun_step
 from cm_diffusers.training.student import make_student
@@ -90,3 +94,19 @@ def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, di
                 assert losses.values.device.type == "cuda"
                 assert losses.values.dtype == torch.float32
                 assert waits.found == []
+
+
+@pytest.mark.parametrize("name", ["radam", "adam", "adamw"])
+def test_the_optimizer_waits_for_nothing(name):
+    config = ConsistencyConfig(optimizer=name, weight_decay=0.1)
+    with FakeTensorMode(), Waits() as waits:
+        network = torch.nn.Linear(4, 4, device="cuda")
+        optimizer = make_optimizer(config, network)
+        for step in range(8):
+            for weight in network.parameters():
+                weight.grad = torch.zeros_like(weight)
+            set_learning_rate(optimizer, config, 1e-3, step)
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            prepared = SimpleNamespace(optimizer=optimizer, scaler=None, step=optimizer.step)
+            take_step(prepared, ~norm.isfinite())
+    assert waits.found == []
