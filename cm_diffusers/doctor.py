@@ -10,17 +10,20 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import nn
 
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients
+from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients, gathered_at_once
 from cm_diffusers.training.objectives.pairs import PairObjective
 from cm_diffusers.training.runtime import end_training
 from cm_diffusers.training.sharding import is_sharded, uses_zero
@@ -31,6 +34,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "hug
 # What a step uses for a while, and what lies unused between its pieces: measured peaks are below it.
 WORKING_SPACE = 1.1
 TIMED_STEPS = 4
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -113,7 +117,7 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
         _examine_teacher_on_images(found, trainer)
         _examine_memory(found, trainer)
         _examine_disk(found, trainer, disk)
-        if not found.warnings:
+        if not any(gather_object([bool(found.warnings)])):  # a step takes all processes
             _examine_speed(found, trainer)
         end_training(trainer.accelerator)
     return found
@@ -165,13 +169,15 @@ def _examine_teacher_on_images(found: Diagnosis, trainer: ConsistencyTrainer) ->
 def _weights_fit(found: Diagnosis, config: ConsistencyConfig, teacher: Teacher) -> bool:
     """Whether there is room for all the copies of the weights; if not, nothing is moved to the device."""
     resolved = config.resolve()
-    weights = bytes_of(teacher.unet.float())
+    in_float32 = 4 * sum(weight.numel() for weight in teacher.unet.parameters())
     copies = 5 + (resolved.target == "ema" and bool(resolved.mu))  # student, average, gradients and two moments
-    needed, free = weights * copies + bytes_of(teacher.unet), _bytes_free(_device())
-    if needed > free and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    needed, free = copies * in_float32, _bytes_free(_device())
+    if _device().type != "cpu":  # where the teacher is not yet
+        needed += in_float32 * getattr(torch, config.teacher_dtype).itemsize // 4
+    if needed > free and not any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))):
         found.bytes_free = free
         found.warnings.append(
-            f"Out of memory: {copies} float32 copies of the weights and the teacher need {_size(needed)}, and "
+            f"Out of memory: the teacher and {copies} float32 copies of its weights need {_size(needed)}, and "
             f"{_size(free)} are free. Shard them over several GPUs with FSDP2."
         )
     return not found.warnings
@@ -236,6 +242,9 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
         optimizer=moments,
         activations=int(kept[0] + per_image * (trainer.config.batch_size - 1)),
     )
+    if is_sharded(trainer.accelerator):
+        # What is kept of one image holds every layer gathered, of which a few are at a time.
+        footprint.activations = int(per_image * trainer.config.batch_size) + gathered_at_once(trainer.unet)
     return footprint, max(per_image, 1.0)
 
 
@@ -267,7 +276,17 @@ def _bytes_free(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    free = min(psutil.virtual_memory().available, _bytes_free_in_container())
+    return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _bytes_free_in_container() -> int:
+    """What Linux's control group leaves; a container sees the memory of its whole host otherwise."""
+    try:
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # there is none, or its limit is "max"
+        return sys.maxsize
+    return max(limit - used, 0)
 
 
 # Disk and speed -----------------------------------------------------------------------------------------------------

@@ -110,7 +110,16 @@ def test_weights_that_do_not_fit_are_not_even_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_bytes_free", lambda device: 1000)
     monkeypatch.setattr(doctor, "ConsistencyTrainer", None)
     found = examine(tmp_path)
-    assert "Out of memory: 6 float32 copies of the weights" in found.warnings[0]
+    assert "Out of memory: the teacher and 6 float32 copies of its weights" in found.warnings[0]
+
+
+def test_a_container_has_less_memory_than_its_host(tmp_path, monkeypatch):
+    for name, content in (("memory.max", "5000"), ("memory.current", "2000")):
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(doctor, "CONTROL_GROUP", tmp_path)
+    assert doctor._bytes_free(torch.device("cpu")) == 3000
+    (tmp_path / "memory.max").write_text("max")
+    assert doctor._bytes_free(torch.device("cpu")) > 2**20
 
 
 def test_a_small_disk_is_known_beforehand(tmp_path, monkeypatch):

@@ -5,12 +5,15 @@ alone, and under torchrun or `accelerate launch`. It says each step on its outpu
 
     TINY_DROPOUT    the network's dropout
     TINY_PAUSE      seconds to wait after each step
+    TINY_DOCTOR     look at the run only, and write what it needs to footprint.json
+    TINY_OTHER_DATA so many images are missing from all processes but the first
     TINY_BAD_STEP   a step whose loss is not a number
     TINY_SLOW_DISK  seconds that a checkpoint's file takes to be flushed
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,6 +28,7 @@ from PIL import Image
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
 from cm_diffusers.cli import parse_config
+from cm_diffusers.doctor import measure_footprint
 from cm_diffusers.training import checkpoints
 
 SETTINGS = {
@@ -36,7 +40,8 @@ SETTINGS = {
 
 
 def images() -> torch.Tensor:
-    return torch.rand(61, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    missing = int(os.environ.get("TINY_OTHER_DATA", 0)) if int(os.environ.get("RANK", 0)) else 0
+    return torch.rand(61, 3, 8, 8, generator=torch.Generator().manual_seed(0))[missing:] * 2 - 1
 
 
 def stream() -> datasets.IterableDataset:
@@ -83,6 +88,10 @@ def main(arguments: list[str]) -> None:
     config = ConsistencyConfig.from_dict({**SETTINGS, **parse_config("distill", arguments, "cd")})
     teacher = build_unet(dropout=float(os.environ.get("TINY_DROPOUT", 0))), diffusers.DDPMScheduler()
     trainer = ConsistencyTrainer(config, teacher=teacher, train_dataset=stream() if config.streaming else images())
+    if "TINY_DOCTOR" in os.environ:
+        footprint = measure_footprint(trainer)[0]
+        (Path(config.output_dir) / "footprint.json").write_text(json.dumps(dataclasses.asdict(footprint)))
+        return
     losses, is_main = watch(trainer), trainer.accelerator.is_main_process
     trainer.train()
     if is_main:

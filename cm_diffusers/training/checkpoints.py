@@ -40,8 +40,9 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         write(partial)
         digests = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=2))
@@ -53,7 +54,7 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
     # safetensors has an exception of its own for a full disk.
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**20
+        free = shutil.disk_usage(next(place for place in folder.parents if place.is_dir())).free / 2**20
         last = next(iter(_newest_first(folder.parent)), None)
         kept = f"The last checkpoint is {last}." if last else "There is no earlier checkpoint."
         raise CheckpointError(
@@ -67,7 +68,17 @@ def prune(newest: Path, keep: int) -> None:
     Later ones are damaged, or of a run that was gone back on: they do not count as something to fall back to.
     """
     for folder in [folder for folder in _newest_first(newest.parent) if folder <= newest][keep:]:
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")))
+        except OSError as error:
+            logger.warning("The old checkpoint %s cannot be deleted: %s", folder, error)
+
+
+def clean(root: Path) -> None:
+    """Delete what runs that were killed have left half written or half deleted."""
+    for pattern in (".step-*.partial", ".step-*.old"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -82,7 +93,9 @@ def verify(folder: Path) -> dict[str, Any]:
             if _digest(folder / name) != digest:
                 raise CheckpointError(f"Checkpoint {folder} is corrupt: {name} is not what was written.")
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {folder} is not whole: {error}") from error
     return state
 

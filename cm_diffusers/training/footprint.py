@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cm_diffusers.training.sharding import own_part
 
@@ -99,3 +100,15 @@ def bytes_of(*networks: nn.Module | None) -> int:
 
 def bytes_of_gradients(network: nn.Module) -> int:
     return sum(own_part(parameter).nbytes for parameter in network.parameters() if parameter.requires_grad)
+
+
+def gathered_at_once(network: nn.Module) -> int:
+    """Bytes of a network in parts that are put together at the same time.
+
+    With FSDP2 its own layers and those of one block; with ZeRO-3 all of it, which is what DeepSpeed keeps of networks
+    below a billion weights.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, FSDPModule) and module is not network]
+    in_blocks = [sum(weight.nbytes for weight in block.parameters()) for block in blocks]
+    whole = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in network.parameters())
+    return int(whole - sum(in_blocks) + max(in_blocks, default=0))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 EXIT_CODE_PREEMPTED = getattr(os, "EX_TEMPFAIL", 75)
 # Each halves the loss scale of fp16; more overflows in a row are not a scale that is still too high.
 SCALER_GRACE = 24
+MOST_DUMPS = 20
 
 
 class Preempted(SystemExit):
@@ -69,7 +71,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, folder: Path, limit: int) -> None:
         self.accelerator, self.folder = accelerator, folder
         self.limit = limit if accelerator.scaler is None else limit + SCALER_GRACE
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.in_a_row = self._dumped = 0
         self._asked_to_stop = False
         self._pending: tuple[StepRecord, Tensor, Any] | None = None
 
@@ -94,10 +96,11 @@ class Watch:
         Raises:
             `FloatingPointError`: when too many steps in a row were bad. The weights are the last good ones.
         """
-        asked = torch.tensor(float(self._asked_to_stop))
+        # Filled on the device: a copy from the host would wait for all that is under way.
+        asked = torch.full((), float(self._asked_to_stop), device=record.bad.device)
         if self.accelerator.num_processes > 1:
-            asked = self.accelerator.reduce(asked.to(self.accelerator.device), "sum")
-        flags = torch.stack([record.bad.float(), asked.to(record.bad.device)])
+            asked = self.accelerator.reduce(asked, "sum")
+        flags = torch.stack([record.bad.float(), asked])
         event = None
         if flags.device.type == "cuda":
             flags = flags.to("cpu", non_blocking=True)
@@ -135,9 +138,17 @@ class Watch:
 
     def _dump(self, record: StepRecord) -> Path:
         """The images, labels and seeds of a bad step, from which it can be taken again, and its numbers."""
-        place = self.folder / f"step-{record.step:08d}-rank-{self.accelerator.process_index}"
-        if self.in_a_row > 3:
+        if self.in_a_row > 3 or self._dumped >= MOST_DUMPS:
             return self.folder  # more of the same
+        self._dumped += 1
+        place = self.folder / f"step-{record.step:08d}-rank-{self.accelerator.process_index}"
+        try:
+            self._write_dump(place, record)
+        except (OSError, SafetensorError) as error:
+            logger.warning("What led to it cannot be written: %s", error)
+        return place.with_suffix(".json")
+
+    def _write_dump(self, place: Path, record: StepRecord) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{name}.{index}": value.detach().cpu().contiguous()
@@ -154,4 +165,3 @@ class Watch:
             **record.values,
         }
         place.with_suffix(".json").write_text(json.dumps(report, indent=2))
-        return place.with_suffix(".json")

@@ -112,10 +112,13 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.is_stream = isinstance(dataset, StreamedImages)
         self.num_workers = num_workers
-        if isinstance(dataset, StreamedImages) and (shards := dataset.shards_of_a_rank(world_size)) is not None:
-            self.num_workers = min(num_workers, shards)
+        if isinstance(dataset, StreamedImages):
+            shards = dataset.shards_of_a_rank(world_size)
+            self.num_workers = min(num_workers, shards or 1)  # what has no shards would be read by each of them
             if self.num_workers < num_workers:
-                logger.info("The stream has %d shards a process: as many workers read it.", shards)
+                logger.info(
+                    "The stream has %s shards a process: %d workers read it.", shards or "no", self.num_workers
+                )
         self._done = 0
         self._places: list[list[int]] = [[0, 0] for _ in range(self._parts)]
         self._round = [list(place) for place in self._places]
@@ -135,11 +138,14 @@ class Batches:
             self._places, self._round = ([list(place) for place in state["places"]] for _ in range(2))
 
     def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
-        ahead = self._done % self._parts if self.is_stream else 0  # since the workers' places were noted
-        for batch in itertools.islice(self._loader(), ahead, None):
+        # Of a stream, the batches since the workers' places were noted come again, and are passed over.
+        first = self._done - (self._done % self._parts if self.is_stream else 0)
+        for index, batch in enumerate(self._loader(), first):
             place = batch.pop("place", None)
             if place is not None:
-                self._places[self._done % self._parts] = place[-1].tolist()
+                self._places[index % self._parts] = place[-1].tolist()
+            if index < self._done:
+                continue
             self._done += 1
             if self._done % self._parts == 0:
                 self._round = [list(place) for place in self._places]

@@ -18,6 +18,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cm_diffusers.training import zero
 from cm_diffusers.training.config import ConsistencyConfig
@@ -56,6 +57,11 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
     return zero.autocast(accelerator) if uses_zero(accelerator) else accelerator.autocast()
 
 
+def precision(accelerator: Accelerator) -> str:
+    """`"no"`, `"bf16"` or `"fp16"`: what passes forward are computed in."""
+    return zero.precision(accelerator) if uses_zero(accelerator) else str(accelerator.mixed_precision)
+
+
 def end_training(accelerator: Accelerator) -> None:
     """Close trackers, and the processes' connections."""
     if uses_zero(accelerator):
@@ -71,13 +77,29 @@ def in_precision(teacher: nn.Module, config: ConsistencyConfig) -> nn.Module:
     return nn.Module.to(copy.deepcopy(teacher), dtype)
 
 
-def lay_out(config: ConsistencyConfig, network: nn.Module) -> nn.Module:
-    """Give a network the memory format and the compilation of the config, in place; its weights keep their names."""
+def lay_out(config: ConsistencyConfig, network: nn.Module, in_parts: bool = False) -> nn.Module:
+    """Give a network the memory format and the compilation of the config, in place; its weights keep their names.
+
+    A network `in_parts` is not compiled: the hooks that gather its weights would break every graph.
+    """
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.compile:
+    if config.compile and not in_parts:
         network.compile(dynamic=False)
     return network
+
+
+def settle(student: nn.Module, batch_size: int, device: torch.device) -> None:
+    """Let DDP find the order in which it will sum gradients, from one pass, so that a resumed run sums as before."""
+    if not isinstance(student, DistributedDataParallel):
+        return
+    config: Any = student.module.config
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    images = torch.zeros(batch_size, config.in_channels, height, width, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
+    output = student(images, torch.zeros(batch_size, device=device), class_labels=labels, return_dict=False)[0]
+    output.float().mean().backward()
+    student.zero_grad()
 
 
 def on_main(accelerator: Accelerator, work: Any) -> Any:

@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cm_diffusers.training import zero
 from cm_diffusers.training.config import ConsistencyConfig
@@ -24,21 +25,29 @@ def prepare_sharding(accelerator: Accelerator, config: ConsistencyConfig) -> Non
         raise ValueError(
             "FSDP shards weights in its second version only: set `fsdp_version: 2` in accelerate's config."
         )
-    if uses_zero(accelerator):
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        # FSDP's own mixed precision would round noise levels and sum gradients in bf16. Autocast does neither.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    elif uses_zero(accelerator):
         zero.configure(accelerator, config)
+    if config.channels_last and (is_sharded(accelerator) or uses_zero(accelerator)):
+        raise ValueError("`channels_last` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
 
 
 def _shard_on_cpu() -> None:
     """Sharding on CPUs, which accelerate leaves out: to try a run out before it gets GPUs."""
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         distributed_type = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        plugin = FullyShardedDataParallelPlugin()
+        if (precision := AcceleratorState().mixed_precision) != "no":
+            plugin.set_mixed_precision(precision)
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
     elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         distributed_type = DistributedType.DEEPSPEED
-        plugin = DeepSpeedPlugin()
-        plugin.set_mixed_precision("no")
-        plugin.select(_from_accelerator_state=True)
-        AcceleratorState._shared_state["deepspeed_plugins"] = plugin
+        zero_plugin = DeepSpeedPlugin()
+        zero_plugin.set_mixed_precision("no")
+        zero_plugin.select(_from_accelerator_state=True)
+        AcceleratorState._shared_state["deepspeed_plugins"] = zero_plugin
     else:
         return
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -35,11 +36,7 @@ def whole_weights(network: nn.Module) -> dict[str, Tensor]:
     if not any(map(zero.is_partitioned, network.parameters())):
         weights: dict[str, Any] = get_model_state_dict(network, options=_options())
         return weights
-    parameters = dict(network.named_parameters())
-    return {
-        name: zero.whole_tensor(parameters[name]).cpu() if name in parameters else value.cpu()
-        for name, value in network.state_dict().items()
-    }
+    return zero.whole_weights(network)
 
 
 def whole_optimizer(student: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -84,3 +81,12 @@ def restore_optimizer(student: nn.Module, optimizer: Any, folder: Path, is_main:
         zero.restore_optimizer(student, optimizer, state.get("state", {}))
     else:
         set_optimizer_state_dict(student, optimizer, state, options=_options(broadcast_from_rank0=distributed))
+        _lay_out_like_weights(optimizer)
+
+
+def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the memory format of their weights, which a fused optimiser takes for granted."""
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                moments[name] = torch.empty_like(weight).copy_(value)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import math
 import os
@@ -15,27 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device, set_seed
-from diffusers import UNet2DModel
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.noise_levels import default_second_sigma, karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
-from cm_diffusers.training import checkpoints, state
+from cm_diffusers.training import checkpoints
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.data import load_image_dataset, prepare_dataset
 from cm_diffusers.training.ema import EMA, decay_for_half_life, whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch
-from cm_diffusers.training.images import ImageSpec
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.phases import Phase, make_phases
+from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
 from cm_diffusers.training.randomness import SampleRandom, mixed
+from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
     autocast,
     check_writable,
@@ -44,23 +39,17 @@ from cm_diffusers.training.runtime import (
     lay_out,
     make_accelerator,
     on_main,
+    precision,
+    settle,
 )
 from cm_diffusers.training.schedules import make_levels, mu_schedule
-from cm_diffusers.training.sharding import shard_like_student
-from cm_diffusers.training.student import make_student
+from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, start_tracker
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a checkpoint's config and the run that resumes it.
-FREE_TO_CHANGE = frozenset(
-    "output_dir resume logging_steps sample_steps num_samples sample_nfes tracker checkpoint_steps checkpoint_limit "
-    "teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout "
-    # How the work is done, not what is computed, up to rounding; the global batch is compared instead of its parts.
-    "batch_size gradient_accumulation_steps num_workers allow_tf32 compile channels_last "
-    "gradient_checkpointing".split()
-)
+CHECKPOINTS, PARTIAL_STUDENT = "checkpoints", ".student-"
 DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
@@ -90,16 +79,15 @@ class ConsistencyTrainer:
         self.config = config = config.resolve()
         self.output_dir = Path(config.output_dir)
         check_writable(self.output_dir)
-        self.checkpoint_dir = self.output_dir / "checkpoints"
         self.accelerator = make_accelerator(config)
         if config.resume is None:
-            on_main(self.accelerator, lambda: checkpoints.refuse_to_start_anew(self.checkpoint_dir))
+            on_main(self.accelerator, lambda: checkpoints.refuse_to_start_anew(self.output_dir / CHECKPOINTS))
         set_seed(config.seed)
 
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
-        unet, self.scheduler = self._make_student()
-        self.dataset = self._prepare_data(train_dataset, unet)
-        self.dataset_identity = self.dataset.identity()
+        unet, self.scheduler = prepare_student(config, self.teacher)
+        self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator)
+        self.dataset_identity = identify(self.dataset)
         set_seed(config.seed, device_specific=True)
 
         self._prepare_networks(unet)
@@ -113,7 +101,12 @@ class ConsistencyTrainer:
             self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
             self.accelerator.num_processes,
         )  # fmt: skip
-        self.step, self._saved = 0, Path()
+        networks = {"student": self.unet} | {name: average.network for name, average in self.averages().items()}
+        self.memory = Memory(
+            self.accelerator, self.output_dir / CHECKPOINTS, config.checkpoint_limit, networks, self.optimizer,
+            self.batches, self._identity(),
+        )  # fmt: skip
+        self.step = 0
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         self.meter = Meter(
             self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
@@ -128,62 +121,10 @@ class ConsistencyTrainer:
             raise ValueError(f"`method={self.config.method!r}` needs a `teacher`.")
         return None
 
-    def _make_student(self) -> tuple[Any, ConsistencyScheduler]:
-        config = self.config
-        overrides = {name: getattr(config, name) for name in ("boundary", "sigma_min", "sigma_max", "few_step_sigmas")}
-        if self.teacher is not None:
-            convert = config.conversion_steps != 0
-            unet: Any
-            unet, scheduler = make_student(self.teacher.unet, self.teacher.scheduler, convert, **overrides)
-        elif config.unet_config is not None:
-            unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
-            scheduler = ConsistencyScheduler(**{name: value for name, value in overrides.items() if value is not None})
-        else:
-            raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
-        return unet, self._describe_training(scheduler, config.resolution or unet.config.sample_size or 64)
-
-    def _describe_training(self, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
-        """The scheduler with the grid that the student ends its training on, and a second level out of it."""
-        now = scheduler.config
-        levels = make_levels(self.config, now.sigma_min, now.sigma_max, now.rho)
-        length = levels.num_levels(self.config.max_train_steps)
-        grid_field = "num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"
-        changes: dict[str, Any] = {grid_field: length}
-        if now.few_step_sigmas is None and length > 2:
-            grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
-            wanted = default_second_sigma(size if isinstance(size, int) else size[0])
-            second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / wanted)))
-            changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
-        return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
-
-    def _prepare_data(self, dataset: Any, unet: Any) -> Any:
-        config = self.config
-        if dataset is None:
-            if config.dataset is None:
-                raise ValueError("Training needs a `dataset`.")
-            with self.accelerator.main_process_first():
-                dataset = load_image_dataset(
-                    config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming,
-                    data_files=config.data_files,
-                )  # fmt: skip
-        size = config.resolution or unet.config.sample_size
-        if size is None:
-            raise ValueError("The network's config has no `sample_size`: set `resolution`.")
-        height, width = (size, size) if isinstance(size, int) else size
-        unet.register_to_config(sample_size=size)
-        low, high = self.scheduler.config.image_range
-        spec = ImageSpec(unet.config.in_channels, height, width, (low, high), config.center_crop, config.random_flip)
-        num_classes = unet.config.num_class_embeds
-        if num_classes is None and config.label_column is not None:
-            raise ValueError("`label_column` was given, but the network is not class-conditional.")
-        return prepare_dataset(
-            dataset, spec, image_column=config.image_column, label_column=config.label_column,
-            on_bad_image=config.on_bad_image, num_classes=num_classes,
-        )  # fmt: skip
-
     def _prepare_networks(self, unet: Any) -> None:
         config = self.config
-        unet = lay_out(config, unet.to(self.accelerator.device).train())
+        in_parts = is_sharded(self.accelerator)
+        unet = lay_out(config, unet.to(self.accelerator.device).train(), in_parts)
         if self.teacher is not None:
             self.teacher.unet = lay_out(config, in_precision(self.teacher.unet.to(self.accelerator.device), config))
         if config.gradient_checkpointing:
@@ -191,7 +132,7 @@ class ConsistencyTrainer:
         self.ema = EMA(unet)
         self.target_ema = EMA(unet) if config.target == "ema" and config.mu else None
         if self.target_ema is not None:
-            lay_out(config, self.target_ema.network)
+            lay_out(config, self.target_ema.network, in_parts)
         self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
         self.unet = self.accelerator.unwrap_model(self.student)
         for average in self.averages().values():
@@ -210,7 +151,10 @@ class ConsistencyTrainer:
             `CheckpointError`: if the checkpoint to resume from is damaged, or one cannot be written.
         """
         total = self.phases[-1].start + self.phases[-1].steps
-        self._resume()
+        on_main(self.accelerator, self._clean)
+        settle(self.student, self.config.batch_size, self.accelerator.device)
+        if self.config.resume is not None:
+            self.step = self.memory.resume(self.config.resume)
         self.check_teacher()
         start_tracker(self.accelerator, self.config)
         self.meter.restart_clock()
@@ -225,7 +169,7 @@ class ConsistencyTrainer:
                     self._enter(phase, bar)
                 record = self.advance(phase, batches)
                 bar.update()
-                stop = self.watch.after(record)
+                stop = self._after(record)
                 self._report(phase, bar)
                 if stop:
                     self._stop()
@@ -234,6 +178,13 @@ class ConsistencyTrainer:
         on_main(self.accelerator, lambda: self.save(pipeline))
         end_training(self.accelerator)
         return pipeline
+
+    def _after(self, record: StepRecord) -> bool:
+        try:
+            return self.watch.after(record)
+        except FloatingPointError:
+            self.save_checkpoint()
+            raise
 
     def _progress_bar(self, total: int) -> tqdm:
         shown: dict[str, Any] = {} if self.accelerator.is_main_process else {"disable": True}
@@ -317,7 +268,8 @@ class ConsistencyTrainer:
     def _gradient_norm(self) -> Tensor:
         """Clip the gradient; returns its norm before."""
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf)
-        return torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return torch.as_tensor(norm, device=self.accelerator.device)
 
     def _follow(self, phase: Phase) -> None:
         """Move the averages towards the new weights."""
@@ -382,8 +334,8 @@ class ConsistencyTrainer:
         return ConsistencyPipeline(whole(self.ema.network), scheduler, self.config.null_class_label)
 
     def save(self, pipeline: ConsistencyPipeline) -> None:
-        """Save the student beside its final place, then move it there: an older one is whole until then."""
-        partial = Path(tempfile.mkdtemp(prefix=".student-", dir=self.output_dir))
+        """Save the student beside its final place, then move it there, part by part."""
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_STUDENT, dir=self.output_dir))
         try:
             pipeline.save_pretrained(partial)
             for part in sorted(partial.iterdir()):
@@ -400,90 +352,25 @@ class ConsistencyTrainer:
         Raises:
             `CheckpointError`: if it cannot be written. Older ones stay.
         """
-        folder = checkpoints.checkpoint_path(self.checkpoint_dir, self.step)
-        if folder == self._saved:
-            return folder
-        networks = self._networks()
-        weights = {name: state.whole_weights(network) for name, network in networks.items()}
-        optimizer = state.whole_optimizer(self.unet, self.optimizer.optimizer)
-        scaler = self.accelerator.scaler
-        run = {
-            **self._run(), "step": self.step, "data": gather_object([self.batches.state()]),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }  # fmt: skip
+        return self.memory.save(self.step)
 
-        def write(partial: Path) -> None:
-            state.write(partial, weights, optimizer)
-            (partial / checkpoints.STATE).write_text(json.dumps(run, indent=2))
-
-        def write_and_prune() -> None:
-            checkpoints.write_files(folder, write)
-            checkpoints.prune(folder, self.config.checkpoint_limit)
-
-        on_main(self.accelerator, write_and_prune)
-        self._saved = folder
-        return folder
-
-    def _networks(self) -> dict[str, Any]:
-        """What is trained, and what follows it."""
-        return {"student": self.unet} | {name: average.network for name, average in self.averages().items()}
+    def _clean(self) -> None:
+        """Delete what runs that were killed have left half done."""
+        checkpoints.clean(self.output_dir / CHECKPOINTS)
+        for folder in self.output_dir.glob(f"{PARTIAL_STUDENT}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def averages(self) -> dict[str, EMA]:
         """The frozen copies that follow the student."""
         return {"ema": self.ema} | ({"target": self.target_ema} if self.target_ema is not None else {})
 
-    def _resume(self) -> None:
-        if self.config.resume is None:
-            return
-        resume, root = self.config.resume, self.checkpoint_dir
-        run = self._run()
-        found = on_main(self.accelerator, lambda: find_matching(resume, root, run))
-        if found is None:
-            logger.info("No checkpoint in %s: starting anew.", self.output_dir)
-            return
-        folder, saved = found
-        is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        networks = self._networks()
-        for name, network in networks.items():
-            state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
-        state.restore_optimizer(self.unet, self.optimizer.optimizer, folder, is_main, distributed)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        if self.batches.is_stream:
-            self.batches.restore(saved["data"][self.accelerator.process_index])
-        else:
-            self.batches.restore({"batches": self.step * self.config.gradient_accumulation_steps})
-        logger.info("Resumed from %s.", folder)
-
-    def _run(self) -> dict[str, Any]:
-        """What has to be the same when a run is resumed."""
-        run = {"config": self.config.to_dict(), "global_batch_size": self.global_batch_size}
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same when the run is resumed."""
+        identity = {
+            "config": self.config.to_dict(), "global_batch_size": self.global_batch_size,
+            "precision": precision(self.accelerator), "dataset": self.dataset_identity,
+        }  # fmt: skip
         if self.batches.is_stream:  # whose parts belong to processes and their workers
-            run["processes"], run["workers"] = self.accelerator.num_processes, self.batches.num_workers
-            run["batch_size"] = self.config.batch_size
-        return {**run, "dataset": self.dataset_identity}
-
-
-def find_matching(resume: str, root: Path, run: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from, if it belongs to the same run.
-
-    Raises:
-        `CheckpointError`: if it is missing or damaged.
-        `ValueError`: if its run was another, naming each difference.
-    """
-    found = checkpoints.find(resume, root)
-    if found is None:
-        return None
-    folder, saved = found
-    differences = []
-    for spec in dataclasses.fields(ConsistencyConfig):
-        was, now = saved["config"].get(spec.name, spec.default), run["config"][spec.name]
-        if spec.name not in FREE_TO_CHANGE and was != now:
-            differences.append(f"{spec.name} was {was!r} and is {now!r}")
-    for name in (run.keys() | saved.keys()) - {"config", "step", "data", "scaler"}:
-        if saved.get(name) != run.get(name):
-            differences.append(f"the {name.replace('_', ' ')} was {saved.get(name)!r} and is {run.get(name)!r}")
-    if differences:
-        raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(sorted(differences))}.")
-    return folder, saved
+            identity["processes"], identity["workers"] = self.accelerator.num_processes, self.batches.num_workers
+            identity["batch_size"] = self.config.batch_size
+        return identity

@@ -52,10 +52,14 @@ def configure(accelerator: Accelerator, config: ConsistencyConfig) -> None:
     }  # fmt: skip
 
 
+def precision(accelerator: Accelerator) -> str:
+    """`"bf16"` or `"no"`."""
+    return "bf16" if accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"] else "no"
+
+
 def autocast(accelerator: Accelerator) -> torch.autocast:
     """The context of a forward pass."""
-    settings = accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings["enabled"])
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision(accelerator) == "bf16")
 
 
 def disconnect() -> None:
@@ -98,16 +102,30 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 # State --------------------------------------------------------------------------------------------------------------
 
 
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Partitioned weights, whole, on the CPU. Called by all processes, filled on the main one."""
+    weights = dict(network.named_parameters())
+    whole = {}
+    for name, value in network.state_dict().items():
+        found = whole_tensor(weights[name]) if name in weights else value
+        if _is_main():
+            whole[name] = found.cpu()
+    return whole
+
+
 def whole_optimizer(network: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The moments by the names of the weights, as torch's own state dict has them. Called by all processes."""
+    """The moments by the names of the weights, as torch's state dict has them. Called by all, filled on the main."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     inner, moments = optimizer.optimizer, {}
     if inner.state:  # it is empty until the first good step
         step = next(iter(inner.state.values()))["step"].cpu()
         for name, weight in _trained(network).items():
-            found = {key: safe_get_full_optimizer_state(weight, key).cpu() for key in MOMENTS}
-            moments[name] = {**found, "step": step.clone()}
+            moments[name] = {"step": step.clone()} if _is_main() else {}
+            for key in MOMENTS:
+                value = safe_get_full_optimizer_state(weight, key)
+                if _is_main():
+                    moments[name][key] = value.cpu()
     groups = [{**group, "params": list(_trained(network))} for group in inner.param_groups]
     return {"state": moments, "param_groups": groups}
 
@@ -121,7 +139,8 @@ def restore_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
             if weights:
                 weight.data.copy_(weights[name])
     for name, buffer in network.named_buffers():
-        buffer.copy_(_from_main(weights.get(name), buffer))
+        if name in network.state_dict():
+            buffer.copy_(_from_main(weights.get(name), buffer))
 
 
 def restore_optimizer(network: nn.Module, optimizer: Any, moments: dict[str, dict[str, Tensor]]) -> None:
@@ -144,6 +163,10 @@ def restore_optimizer(network: nn.Module, optimizer: Any, moments: dict[str, dic
                 safe_set_full_optimizer_state(weight, value, key)
 
 
+def _is_main() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
 def _trained(network: nn.Module) -> dict[str, Any]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
@@ -160,8 +183,8 @@ def _make_moments(optimizer: Any, step: Tensor | None) -> None:
 
 
 def _from_main(value: Tensor | None, like: Tensor) -> Tensor:
-    """The main process's `value`, on all of them."""
-    value = torch.empty_like(like) if value is None else value.to(like)
+    """The main process's `value`, on all of them; zero if it has none."""
+    value = torch.zeros_like(like) if value is None else value.to(like)
     torch.distributed.broadcast(value, src=0)
     return value
 

@@ -20,7 +20,10 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
 
 def damage(file: Path, how: str) -> None:
     data = file.read_bytes()
-    changed = {"truncate": data[:-1], "empty": b"", "flip": bytes([data[0] ^ 1]) + data[1:]}
+    changed = {
+        "truncate": data[:-1], "empty": b"", "flip": bytes([data[0] ^ 1]) + data[1:],
+        "no text": bytes([data[0] ^ 128]) + data[1:],
+    }  # fmt: skip
     if how == "delete":
         file.unlink()
     else:
@@ -37,7 +40,7 @@ def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoints.find("auto", tmp_path) is None
 
 
-@pytest.mark.parametrize("how", ["truncate", "empty", "flip", "delete"])
+@pytest.mark.parametrize("how", ["truncate", "empty", "flip", "no text", "delete"])
 @pytest.mark.parametrize("name", ["sub/weights", checkpoints.STATE, checkpoints.MANIFEST])
 def test_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, how, name):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
@@ -81,3 +84,29 @@ def test_pruning_counts_no_later_checkpoint_which_the_run_could_not_use(tmp_path
     damage(damaged / "sub" / "weights", "flip")
     checkpoints.prune(written, 1)
     assert checkpoints.find("auto", tmp_path) == (written, {"step": 15})
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog, monkeypatch):
+    folders = [write(tmp_path, step) for step in (1, 2)]
+
+    def refuse(*_):
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    checkpoints.prune(folders[1], 1)
+    assert "step-00000001 cannot be deleted: Device or resource busy" in caplog.text
+
+
+def test_what_a_killed_run_left_half_done_is_deleted(tmp_path):
+    whole = write(tmp_path, 7)
+    for name in (".step-00000008.partial", ".step-00000005.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("...")
+    checkpoints.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written, .* MiB are free there: .*There is no earlier"):
+        write(tmp_path / "file" / "checkpoints", 1)

@@ -16,6 +16,7 @@ from cm_diffusers import ConsistencyConfig
 from cm_diffusers.noise_levels import Levels
 from cm_diffusers.preconditioning import Denoiser, read_preconditioning
 from cm_diffusers.training.distances import build_distance
+from cm_diffusers.training.health import StepRecord, Watch
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, inverse_gap
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
@@ -94,6 +95,16 @@ def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, di
                 assert losses.values.device.type == "cuda"
                 assert losses.values.dtype == torch.float32
                 assert waits.found == []
+
+
+def test_the_watch_waits_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    watch = Watch(SimpleNamespace(num_processes=1, scaler=None), tmp_path, 3)
+    with FakeTensorMode(), Waits() as waits:
+        norm = torch.ones((), device="cuda")
+        watch.after(StepRecord(0, [], norm[None], norm, ~norm.isfinite(), {}))
+        assert watch._pending is not None
+    assert waits.found == []
 
 
 @pytest.mark.parametrize("name", ["radam", "adam", "adamw"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import datasets
 import numpy as np
@@ -127,7 +128,9 @@ class Squares(torch.utils.data.IterableDataset):
 
 
 def test_a_torch_stream_is_dealt_out_in_turn():
-    assert values(global_batches(Squares(), 3, 2, 2)) == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
+    for num_workers in (0, 2):
+        drawn = values(global_batches(Squares(), 3, 2, 2, num_workers=num_workers))
+        assert drawn == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
 
 
 def test_a_stream_that_can_be_read_only_once_ends():
@@ -161,6 +164,21 @@ def test_batches_go_on_where_they_were(stream, num_workers, done):
     for one, other in zip(whole[done:], take(second, 9), strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("num_workers", "cuts"), [(2, (3, 1)), (3, (4, 4, 2)), (0, (1, 1))])
+def test_a_stream_goes_on_after_one_cut_upon_another(num_workers, cuts):
+    def batches():
+        return Batches(prepare_dataset(numbered_stream(shards=3), PIXELS), 2, seed=3, num_workers=num_workers)
+
+    whole = values(take(batches(), sum(cuts) + 9))
+    drawn, state = [], batches().state()
+    for count in (*cuts, 9):
+        part = batches()
+        part.restore(json.loads(json.dumps(state)))
+        drawn += values(take(part, count))
+        state = part.state()
+    assert drawn == whole
 
 
 def test_webdataset_shards_are_a_stream(tmp_path):

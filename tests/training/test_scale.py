@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -115,6 +116,19 @@ def test_deepspeed_equals_one_process_and_resumes_with_and_without(zero, golden,
         assert_same_training(resumed, before, exactly)
 
 
+@pytest.mark.parametrize("split", [SHARDED, ZERO3], ids=["fsdp2", "zero-3"])
+def test_the_doctor_knows_that_weights_are_in_parts(split, tmp_path):
+    found = {}
+    for name, how in (("parts", split), ("whole", WHOLE)):
+        doctor = {"max_train_steps": 2, "checkpoint_steps": 0}
+        run(tmp_path / name, env={"TINY_DOCTOR": "1"}, **{**how, **doctor, "batch_size": 4})
+        found[name] = json.loads((tmp_path / name / "footprint.json").read_text())
+    parts, whole = found["parts"], found["whole"]
+    for kind in ("student", "averages", "gradients", "optimizer"):
+        assert parts[kind] == pytest.approx(whole[kind] / 2, rel=0.25)  # some are split unevenly
+    assert whole["activations"] * 0.9 < parts["activations"] < whole["activations"] + whole["student"]
+
+
 def test_deepspeed_leaves_a_bad_step_out(golden, tmp_path):
     pytest.importorskip("deepspeed")
     run(tmp_path / "zero", env={"TINY_BAD_STEP": "5"}, **ZERO3)
@@ -149,6 +163,34 @@ def test_a_run_resumes_on_other_processes(first, then, exactly, tmp_path, reques
     run(folder, **then)
     assert len(losses(folder)) < STEPS
     assert_same_training(folder, before, exactly)
+
+
+def test_three_ranks_sum_as_before_when_they_resume(tmp_path):
+    split = {"ranks": 3, "batch_size": 3, "max_train_steps": 5, "checkpoint_steps": 4, "conversion_steps": 0}
+    run(tmp_path / "whole", **split)
+    resumed = copy_half_of(tmp_path / "whole", tmp_path / "resumed")
+    run(resumed, **split)
+    assert_same_training(resumed, tmp_path / "whole", exactly=True)
+
+
+def test_sharded_ranks_in_bf16_see_the_noise_levels_of_one_process(tmp_path):
+    settings = {"mixed_precision": "bf16", "max_train_steps": 3, "conversion_steps": 0, "checkpoint_steps": 0}
+    run(tmp_path / "one", **{**WHOLE, **settings})
+    run(tmp_path / "two", **{**SHARDED, **settings})
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two[0] == pytest.approx(one[0], rel=LOSS_TOLERANCE)  # before any step was rounded
+    assert [two[step] for step in range(3)] == pytest.approx([one[step] for step in range(3)], rel=5e-3)
+
+
+@pytest.mark.parametrize("split", [SHARDED, ZERO2], ids=["fsdp2", "zero-2"])
+def test_channels_last_is_refused_where_weights_are_laid_out_otherwise(split, tmp_path):
+    with pytest.raises(AssertionError, match="`channels_last` does not go with FSDP and DeepSpeed"):
+        run(tmp_path, **split, channels_last=True)
+
+
+def test_hosts_with_other_data_are_told_apart(tmp_path):
+    with pytest.raises(AssertionError, match="Process 1 has other data than the first"):
+        run(tmp_path, env={"TINY_OTHER_DATA": "1"}, **HALVES)
 
 
 def test_a_torn_checkpoint_ends_all_ranks_with_its_name(two_ranks, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.preconditioning import Denoiser
-from cm_diffusers.training import checkpoints
+from cm_diffusers.training import checkpoints, health
 from cm_diffusers.training.checkpoints import CheckpointError
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 
@@ -290,12 +290,10 @@ def test_damage_to_any_file_of_a_checkpoint_falls_back_to_the_one_before(how, tm
         damage(newest / name, how)
         caplog.clear()
         resumed = make_trainer(tmp_path, resume="auto", **settings)
-        resumed._resume()
-        assert resumed.step == int(before.name[-8:]) == 4
+        assert resumed.memory.resume("auto") == int(before.name[-8:]) == 4
         assert str(newest) in caplog.text
         (newest / name).write_bytes(whole)
-    resumed._resume()
-    assert resumed.step == 6
+    assert resumed.memory.resume("auto") == 6
 
 
 def damage(file, how):
@@ -338,6 +336,23 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
         make_trainer(tmp_path, checkpoint_steps=2, resume="auto", learning_rate=0.5).train()
 
 
+def test_moments_keep_the_memory_format_of_their_weights(tmp_path):
+    settings = {"checkpoint_steps": 3, "max_train_steps": 6, "conversion_steps": 0, "channels_last": True}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    shutil.rmtree(sorted((tmp_path / "checkpoints").iterdir())[-1])
+    resumed = make_trainer(tmp_path, resume="auto", **settings)
+    resumed.train()
+    assert torch.equal(weights(resumed.unet), weights(whole.unet))
+
+
+def test_resuming_in_another_precision_is_refused(tmp_path):
+    make_trainer(tmp_path, checkpoint_steps=2).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="the precision was 'no' and is 'bf16'"):
+        make_trainer(tmp_path, checkpoint_steps=2, resume="auto", mixed_precision="bf16").train()
+
+
 def test_a_new_run_is_not_mixed_with_an_earlier_one(tmp_path):
     make_trainer(tmp_path, checkpoint_steps=2).train()
     before = sorted((tmp_path / "checkpoints").iterdir())
@@ -377,6 +392,24 @@ def test_non_finite_gradients_never_reach_the_weights(optimizer, tmp_path):
         trainer.train()
     assert torch.equal(weights(trainer.unet), before)
     assert trainer.watch.skipped == 10
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    student = load_file(saved / "student.safetensors")
+    assert all(torch.equal(student[name], weight) for name, weight in trainer.unet.named_parameters())
+
+
+def test_dumps_of_bad_steps_do_not_fill_the_disk_or_end_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(health, "MOST_DUMPS", 2)
+    trainer = make_trainer(tmp_path, max_train_steps=8, conversion_steps=0)
+    Poisoned(trainer.phases[-1], lambda step: step % 2)
+    (tmp_path / "bad-steps").write_text("no folder")
+    trainer.train()
+    assert trainer.watch.skipped == 4
+    assert "cannot be written" in caplog.text
+    (tmp_path / "bad-steps").unlink()
+    other = make_trainer(tmp_path, max_train_steps=8, conversion_steps=0)
+    Poisoned(other.phases[-1], lambda step: step % 2)
+    other.train()
+    assert len(list((tmp_path / "bad-steps").glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "radam"])

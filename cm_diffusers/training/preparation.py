@@ -1,0 +1,97 @@
+"""From a config, a teacher and whatever data there is: the student, its scheduler, and a dataset that fits them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import UNet2DModel
+
+from cm_diffusers.noise_levels import default_second_sigma, karras_grid
+from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
+from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.data import load_image_dataset, prepare_dataset
+from cm_diffusers.training.images import ImageSpec
+from cm_diffusers.training.schedules import make_levels
+from cm_diffusers.training.student import make_student
+from cm_diffusers.training.teacher import Teacher
+
+
+def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple[Any, ConsistencyScheduler]:
+    """A student of the teacher, or a new network, with its scheduler.
+
+    Raises:
+        `ValueError`: if there is neither a teacher nor `unet_config`, or for values that the teacher does not allow.
+    """
+    overrides = {name: getattr(config, name) for name in ("boundary", "sigma_min", "sigma_max", "few_step_sigmas")}
+    unet: Any
+    if teacher is not None:
+        unet, scheduler = make_student(teacher.unet, teacher.scheduler, config.conversion_steps != 0, **overrides)
+    elif config.unet_config is not None:
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
+        scheduler = ConsistencyScheduler(**{name: value for name, value in overrides.items() if value is not None})
+    else:
+        raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
+    return unet, _describe_training(config, scheduler, config.resolution or unet.config.sample_size or 64)
+
+
+def _describe_training(config: ConsistencyConfig, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
+    """The scheduler with the grid that the student ends its training on, and a second level out of it."""
+    now = scheduler.config
+    length = make_levels(config, now.sigma_min, now.sigma_max, now.rho).num_levels(config.max_train_steps)
+    grid_field = "num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"
+    changes: dict[str, Any] = {grid_field: length}
+    if now.few_step_sigmas is None and length > 2:
+        grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
+        wanted = default_second_sigma(size if isinstance(size, int) else size[0])
+        second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / wanted)))
+        changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
+    return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
+
+
+def prepare_data(
+    config: ConsistencyConfig, dataset: Any, unet: Any, scheduler: ConsistencyScheduler, accelerator: Accelerator
+) -> Any:
+    """The dataset given, or the config's, as the network takes it. Called by all processes.
+
+    Raises:
+        `TypeError`, `ValueError`: for data that cannot be found or does not fit.
+    """
+    if dataset is None:
+        if config.dataset is None:
+            raise ValueError("Training needs a `dataset`.")
+        with accelerator.main_process_first():
+            dataset = load_image_dataset(
+                config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming,
+                data_files=config.data_files,
+            )  # fmt: skip
+    size = config.resolution or unet.config.sample_size
+    if size is None:
+        raise ValueError("The network's config has no `sample_size`: set `resolution`.")
+    height, width = (size, size) if isinstance(size, int) else size
+    unet.register_to_config(sample_size=size)
+    low, high = scheduler.config.image_range
+    spec = ImageSpec(unet.config.in_channels, height, width, (low, high), config.center_crop, config.random_flip)
+    num_classes = unet.config.num_class_embeds
+    if num_classes is None and config.label_column is not None:
+        raise ValueError("`label_column` was given, but the network is not class-conditional.")
+    return prepare_dataset(
+        dataset, spec, image_column=config.image_column, label_column=config.label_column,
+        on_bad_image=config.on_bad_image, num_classes=num_classes,
+    )  # fmt: skip
+
+
+def identify(dataset: Any) -> dict[str, Any]:
+    """What tells a prepared dataset from another. Called by all processes.
+
+    Raises:
+        `ValueError`: if they do not have the same.
+    """
+    identities: list[dict[str, Any]] = gather_object([dataset.identity()])
+    for rank, identity in enumerate(identities):
+        if identity != identities[0]:
+            raise ValueError(f"Process {rank} has other data than the first: {identity}, not {identities[0]}.")
+    return identities[0]

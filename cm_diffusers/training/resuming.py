@@ -1,0 +1,130 @@
+"""What a run has to remember, written to checkpoints and taken up from them, on any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from cm_diffusers.training import checkpoints, state
+from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.loading import Batches
+from cm_diffusers.training.runtime import on_main
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a checkpoint's config and the run that resumes it.
+FREE_TO_CHANGE = frozenset(
+    "output_dir resume logging_steps sample_steps num_samples sample_nfes tracker checkpoint_steps checkpoint_limit "
+    "teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout "
+    # How the work is done, not what is computed, up to rounding. The global batch is compared instead of its parts,
+    # and the precision that accelerate settled on instead of what it was asked for.
+    "batch_size gradient_accumulation_steps num_workers allow_tf32 compile channels_last "
+    "gradient_checkpointing mixed_precision".split()
+)
+
+
+class Memory:
+    """The lasting part of a run. Its methods are called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): the run's.
+        folder (`Path`): where checkpoints are.
+        limit (`int`): how many are kept.
+        networks (`dict[str, nn.Module]`): the `"student"`, and what follows it.
+        optimizer (`AcceleratedOptimizer`): the student's.
+        batches ([`~cm_diffusers.training.loading.Batches`]): of this process.
+        identity (`dict`): what has to be the same when the run is resumed: the config, and other plain values.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, limit: int, networks: dict[str, nn.Module], optimizer: Any,
+        batches: Batches, identity: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.accelerator, self.folder, self.limit = accelerator, folder, limit
+        self.networks, self.optimizer, self.batches, self.identity = networks, optimizer, batches, identity
+        self._saved = Path()
+
+    def save(self, step: int) -> Path:
+        """Write everything that the next step depends on, once, and delete old checkpoints.
+
+        Raises:
+            [`~cm_diffusers.training.checkpoints.CheckpointError`]: if it cannot be written. Older ones stay.
+        """
+        folder = checkpoints.checkpoint_path(self.folder, step)
+        if folder == self._saved:
+            return folder
+        weights = {name: state.whole_weights(network) for name, network in self.networks.items()}
+        optimizer = state.whole_optimizer(self.networks["student"], self.optimizer.optimizer)
+        scaler = self.accelerator.scaler
+        run = {
+            **self.identity, "step": step, "data": gather_object([self.batches.state()]),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }  # fmt: skip
+
+        def write(partial: Path) -> None:
+            state.write(partial, weights, optimizer)
+            (partial / checkpoints.STATE).write_text(json.dumps(run, indent=2))
+
+        def write_and_prune() -> None:
+            checkpoints.write_files(folder, write)
+            checkpoints.prune(folder, self.limit)
+
+        on_main(self.accelerator, write_and_prune)
+        self._saved = folder
+        return folder
+
+    def resume(self, source: str) -> int:
+        """Take up the run from `"auto"` or a checkpoint's folder. Returns the next step; 0 if there is no checkpoint.
+
+        Raises:
+            [`~cm_diffusers.training.checkpoints.CheckpointError`]: if the checkpoint is missing or damaged.
+            `ValueError`: if its run was another, naming each difference.
+        """
+        found = on_main(self.accelerator, lambda: find_matching(source, self.folder, self.identity))
+        if found is None:
+            logger.info("No checkpoint in %s: starting anew.", self.folder)
+            return 0
+        folder, saved = found
+        is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
+        for name, network in self.networks.items():
+            state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
+        state.restore_optimizer(self.networks["student"], self.optimizer.optimizer, folder, is_main, distributed)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.batches.is_stream:
+            self.batches.restore(saved["data"][self.accelerator.process_index])
+        else:
+            self.batches.restore({"batches": saved["step"] * self.accelerator.gradient_accumulation_steps})
+        logger.info("Resumed from %s.", folder)
+        return int(saved["step"])
+
+
+def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from, if it belongs to the same run.
+
+    Raises:
+        [`~cm_diffusers.training.checkpoints.CheckpointError`]: if it is missing or damaged.
+        `ValueError`: if its run was another, naming each difference.
+    """
+    found = checkpoints.find(source, root)
+    if found is None:
+        return None
+    folder, saved = found
+    differences = []
+    for spec in dataclasses.fields(ConsistencyConfig):
+        was, now = saved["config"].get(spec.name, spec.default), identity["config"][spec.name]
+        if spec.name not in FREE_TO_CHANGE and was != now:
+            differences.append(f"{spec.name} was {was!r} and is {now!r}")
+    for name in (identity.keys() | saved.keys()) - {"config", "step", "data", "scaler"}:
+        if saved.get(name) != identity.get(name):
+            differences.append(f"the {name.replace('_', ' ')} was {saved.get(name)!r} and is {identity.get(name)!r}")
+    if differences:
+        raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(sorted(differences))}.")
+    return folder, saved
