@@ -26,5 +26,5 @@ def make_trainer(
         "output_dir": folder, "tracker": "none", "target": "ema", "mu": 0.95, "sample_steps": 0,
     }  # fmt: skip
     config = ConsistencyConfig.from_dict({**settings, **changes})
-    images = torch.randn(8 * batch_size, 3, size, size)
+    images = torch.randn(8 * batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     return ConsistencyTrainer(config, teacher=(teacher, DDPMScheduler()), train_dataset=images)
