@@ -8,7 +8,8 @@ import pytest
 from conftest import build_unet
 from PIL import Image
 
-from cm_diffusers.cli import main, parse_config
+from cm_diffusers.cli import main
+from cm_diffusers.commands.training import parse_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

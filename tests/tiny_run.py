@@ -27,7 +27,7 @@ from conftest import build_unet
 from PIL import Image
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
-from cm_diffusers.cli import parse_config
+from cm_diffusers.commands.training import parse_config
 from cm_diffusers.doctor import measure_footprint
 from cm_diffusers.training import checkpoints
 

@@ -1,0 +1,1 @@
+"""What `cm-diffusers` can do, a module for each group of commands. Importing them costs nothing."""

@@ -1,0 +1,37 @@
+"""How the commands read their command lines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+USAGE = {
+    "distill": "Distil a pretrained diffusers UNet into a one-step student (consistency distillation).",
+    "train": "Train a one-step network on data alone (consistency training).",
+    "sample": "Draw images from a student.",
+    "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
+    "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line.
+
+    Args:
+        command (`str`): one of [`USAGE`].
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"cm-diffusers {command}", description=USAGE[command], allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"{self.prog}: error: {message} (--help lists the options)")
+
+
+def best_device() -> str:
+    """The accelerator, or the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"

@@ -1,0 +1,74 @@
+"""`cm-diffusers sample`: images from a student."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cm_diffusers.commands.options import Parser, best_device
+
+
+def sample(arguments: Sequence[str]) -> None:
+    """`cm-diffusers sample`: images from a student, one PNG each and one grid of all."""
+    parser = Parser("sample")
+    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    parser.add_argument("--num_images", type=int, default=16, help="how many images (default: 16)")
+    parser.add_argument("--steps", type=int, default=1, help="network evaluations per image (default: 1)")
+    parser.add_argument("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
+    parser.add_argument("--class_labels", type=int, nargs="+", help="one label for all images, or one for each")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
+    parser.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--device", help="cpu, cuda, mps ...; by default the best there is")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--output_dir", default="outputs/samples", help="where the images go")
+    options = parser.parse_args(arguments)
+    if options.num_images < 1 or options.batch_size < 1:
+        parser.error("--num_images and --batch_size must be positive.")
+    images = _draw(options)
+
+    from cm_diffusers.image_grid import save_grid
+
+    folder = Path(options.output_dir)
+    for index, image in enumerate(images):
+        _save_image(image, folder / f"{index:05d}.png")
+    save_grid(images, folder / "grid.png")
+    print(f"{len(images)} images in {folder}, all of them in {folder / 'grid.png'}")
+
+
+def _draw(options: argparse.Namespace) -> Any:
+    import numpy as np
+    import torch
+
+    from cm_diffusers import ConsistencyPipeline
+
+    device = options.device or best_device()
+    precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
+    pipeline = ConsistencyPipeline.from_pretrained(options.model, **precision).to(device)
+    labels = options.class_labels
+    if labels is not None and len(labels) not in (1, options.num_images):
+        raise ValueError(f"Got {len(labels)} class labels for {options.num_images} images.")
+    batches = []
+    for start in range(0, options.num_images, options.batch_size):
+        indices = range(start, min(start + options.batch_size, options.num_images))
+        batches.append(
+            pipeline(
+                batch_size=len(indices),
+                class_labels=labels if labels is None or len(labels) == 1 else [labels[i] for i in indices],
+                num_inference_steps=None if options.sigmas else options.steps,
+                sigmas=options.sigmas,
+                guidance_scale=options.guidance_scale,
+                generator=[torch.Generator().manual_seed(options.seed + i) for i in indices],
+                output_type="np",
+            ).images
+        )
+    return np.concatenate(batches)
+
+
+def _save_image(image: Any, path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    DiffusionPipeline.numpy_to_pil(image[None])[0].save(path)

@@ -1,0 +1,99 @@
+"""Students against their teachers: every metric over the number of evaluations, under one protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from cm_diffusers.evaluation.features import Features
+from cm_diffusers.evaluation.metrics import all_metrics
+from cm_diffusers.evaluation.reference import Reference, reference_features
+from cm_diffusers.evaluation.results import Protocol, Report, Result
+from cm_diffusers.evaluation.sampling import Sampler
+from cm_diffusers.evaluation.sharing import map_shared
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures samplers against one reference, on the features of one network.
+
+    The images of a repetition are those of the seeds 0 to `num_images - 1`, those of the next the `num_images` after
+    them, and so on, whatever the batch size and the number of processes. Called by all processes.
+
+    Args:
+        features ([`~cm_diffusers.evaluation.features.Features`]): on the device of this process.
+        reference ([`~cm_diffusers.evaluation.reference.Reference`]): the images to resemble.
+        num_images (`int`): that are drawn for a figure.
+        repeats (`int`): figures with other seeds, whose mean and standard deviation are given.
+        batch_size (`int`): of sampling and of the feature network, on each process.
+    """
+
+    features: Features
+    reference: Reference
+    num_images: int
+    repeats: int = 1
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "repeats", "batch_size"):
+            if getattr(self, name) < 1 + (name == "num_images"):
+                raise ValueError(f"`{name}` must be at least {1 + (name == 'num_images')}, got {getattr(self, name)}.")
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        channels, height, width = self.reference.images.shape[1:]
+        return Protocol(
+            features=self.features.name, features_digest=self.features.digest, num_images=self.num_images,
+            images=f"{channels} x {height} x {width}, 8 bits", reference=self.reference.name,
+            reference_digest=self.reference.digest, num_reference=len(self.reference.images),
+        )  # fmt: skip
+
+    def measure(self, sampler: Sampler) -> Result:
+        """All metrics of a sampler.
+
+        Raises:
+            `ValueError`: if its images have another shape than the reference's.
+        """
+        real = reference_features(self.features, self.reference, self.batch_size)
+        seconds, found = 0.0, []
+        for repeat in range(self.repeats):
+            features, logits, spent = self._draw(sampler, repeat * self.num_images)
+            seconds += spent
+            found.append(all_metrics(features, real, logits))
+        return Result.over(
+            found, model=sampler.model, sampler=sampler.description, nfe=sampler.nfe, protocol=self.protocol,
+            seconds_per_1000=1000 * seconds / (self.repeats * self.num_images),
+        )  # fmt: skip
+
+    def report(self, samplers: Iterable[Sampler]) -> Report:
+        """The results of several samplers."""
+        report = Report()
+        for sampler in samplers:
+            report.add(self.measure(sampler))
+        return report
+
+    def _draw(self, sampler: Sampler, first: int) -> tuple[Tensor, Tensor | None, float]:
+        """Features and logits of the images from the seed `first` on, and the seconds that drawing them took."""
+        device, spent = PartialState().device, 0.0
+
+        def work(indices: Sequence[int]) -> tuple[Tensor, ...]:
+            nonlocal spent
+            start = time.perf_counter()
+            images = sampler.draw([first + index for index in indices])
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            spent += time.perf_counter() - start
+            if images.shape[1:] != self.reference.images.shape[1:]:
+                shapes = tuple(images.shape[1:]), tuple(self.reference.images.shape[1:])
+                raise ValueError(f"Images of shape {shapes[0]} cannot be compared with a reference of {shapes[1]}.")
+            found = self.features(images.to(device))
+            return found if found[1] is not None else found[:1]  # type: ignore[return-value]
+
+        results = map_shared(self.num_images, self.batch_size, work, f"{sampler.model}, {sampler.nfe} NFE")
+        return results[0], results[1] if len(results) > 1 else None, spent

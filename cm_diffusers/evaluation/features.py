@@ -1,0 +1,137 @@
+"""Networks whose features images are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature network, and what has to be said of it beside every figure.
+
+    Args:
+        network (`nn.Module`): takes images of shape `(batch, 3 or 1, height, width)` in uint8, 0 to 255, and gives
+            features of shape `(batch, d)`, or a pair of features and a classifier's logits.
+        name (`str`): names the network, and how it resizes images.
+    """
+
+    network: nn.Module
+    name: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights: other weights under the same name are another protocol."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and, if the network has them, logits, in float32.
+
+        Raises:
+            `TypeError`: for images that are not uint8.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise TypeError(f"Images must be (batch, channels, height, width) in uint8, got {images.dtype}.")
+        found = self.network(images)
+        features, logits = found if isinstance(found, tuple) else (found, None)
+        return features.flatten(1).float(), None if logits is None else logits.float()
+
+
+def load_features(source: Any, device: torch.device | str = "cpu") -> Features:
+    """A feature network from whatever the user names.
+
+    Args:
+        source: `"inception"`, the Inception of the original FID with its TensorFlow weights and resizing (downloaded
+            once); the path of a classifier saved by [`~cm_diffusers.evaluation.classifier.DomainClassifier`];
+            `"package.module:function"`, which is called for a network; a network; or [`Features`].
+
+    Raises:
+        `ValueError`, `TypeError`: if it is none of these.
+    """
+    if isinstance(source, Features):
+        features = source
+    elif isinstance(source, nn.Module):
+        features = Features(source, type(source).__name__)
+    elif source == "inception":
+        features = Features(
+            Inception(_inception_weights()), "inception-v3-compat, TensorFlow's bilinear resize to 299"
+        )
+    elif isinstance(source, str | Path) and Path(source).is_dir():
+        from cm_diffusers.evaluation.classifier import DomainClassifier
+
+        features = Features(DomainClassifier.load(source), f"classifier {Path(source).name}")
+    elif isinstance(source, str) and ":" in source:
+        features = Features(_imported(source)(), source)
+    else:
+        raise ValueError(f"`features` must be 'inception', a classifier's folder, 'module:function' or a network, got "
+                         f"{source!r}.")  # fmt: skip
+    if not isinstance(features.network, nn.Module):
+        raise TypeError(f"{source!r} must give a torch network, got {type(features.network).__name__}.")
+    features.network.to(device).eval().requires_grad_(False)
+    return features
+
+
+def _imported(name: str) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`features` {name!r} cannot be imported: {error}") from error
+    return found
+
+
+class Inception(nn.Module):
+    """Pool features and logits of the Inception of Heusel et al. 2017, from torch-fidelity; grey images become RGB.
+
+    Args:
+        weights (`Path`): its weights, as torch-fidelity publishes them.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(
+                "Inception's features need torch-fidelity: pip install 'cm_diffusers[evaluation]'."
+            ) from error
+        self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
+        return features, logits
+
+
+def _inception_weights() -> Path:
+    """The weights on this machine, known by their hash: torch-fidelity would run any code in another file."""
+    place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(place), hash_prefix=INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"Inception's weights cannot be had from {INCEPTION_URL}: {error}") from error
+    with place.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != INCEPTION_SHA256:
+        raise ValueError(f"{place} does not hold Inception's weights: its SHA-256 is {found}. Delete it.")
+    return place

@@ -1,0 +1,125 @@
+"""Images of students and teachers, each from its own seed, in eight bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_diffusers.noise_levels import karras_grid
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.preconditioning import GuidedDenoiser
+from cm_diffusers.training.solvers import SOLVERS, integrate
+from cm_diffusers.training.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the images of given seeds.
+
+    Args:
+        model (`str`): whose they are.
+        description (`str`): how they are drawn.
+        nfe (`int`): network evaluations per image.
+        draw (`Callable`): from a list of seeds to images of shape `(batch, channels, height, width)` in uint8. An
+            image depends on its seed alone.
+    """
+
+    model: str
+    description: str
+    nfe: int
+    draw: Callable[[Sequence[int]], Tensor]
+
+
+def student_sampler(
+    pipeline: ConsistencyPipeline, nfe: int, guidance_scale: float = 1.0, name: str = "student"
+) -> Sampler:
+    """Multistep consistency sampling in `nfe` steps, at the noise levels stored with the student if there are any.
+
+    Args:
+        pipeline ([`ConsistencyPipeline`]): on its device.
+        nfe (`int`): steps.
+        guidance_scale (`float`): of a class-conditional student; doubles the evaluations where it is not 1.
+    """
+
+    def draw(seeds: Sequence[int]) -> Tensor:
+        labels = class_labels(pipeline.unet.config.num_class_embeds, pipeline.config.null_class_label, seeds)
+        images = pipeline(
+            batch_size=len(seeds), class_labels=labels, num_inference_steps=nfe, guidance_scale=guidance_scale,
+            generator=generators(seeds), output_type="pt",
+        ).images  # fmt: skip
+        return eight_bits(images, (0.0, 1.0))
+
+    guided = guidance_scale != 1
+    description = "multistep consistency" + f", guidance {guidance_scale:g}" * guided
+    return Sampler(name, description, nfe * (1 + guided), draw)
+
+
+def teacher_sampler(
+    teacher: Teacher, nfe: int, solver: str = "heun", sigma_min: float | None = None, sigma_max: float | None = None,
+    guidance_scale: float = 1.0, null_class_label: int | None = None, name: str = "teacher",
+) -> Sampler:  # fmt: skip
+    """The probability-flow ODE of a teacher on a Karras grid (Karras et al. 2022, algorithm 1), deterministic.
+
+    Args:
+        teacher ([`~cm_diffusers.training.teacher.Teacher`]): on its device.
+        nfe (`int`): evaluations per image; odd for `"heun"`, whose steps take two but for the last.
+        solver (`str`): `"heun"`, or `"euler"`, which is DDIM.
+        sigma_min, sigma_max (`float`, *optional*): the grid's ends; by default as far as the teacher goes, but no
+            further than 0.002 and 80.
+
+    Raises:
+        `ValueError`: for another solver, or an `nfe` that it cannot have.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+    if nfe < 1 or (solver == "heun" and nfe % 2 == 0):
+        raise ValueError(f"Heun's method takes an odd number of evaluations of at least 1, got {nfe}.")
+    low, high = teacher.preconditioning.sigma_range
+    low, high = sigma_min or max(low, 0.002), sigma_max or min(high, 80.0)
+    steps = (nfe + 1) // 2 if solver == "heun" else nfe
+    sigmas = karras_grid(steps, low, high).flip(0) if steps > 1 else torch.tensor([high])
+    config: Any = teacher.unet.config
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    guided = guidance_scale != 1
+    denoise: Any = teacher.denoiser
+    if guided:
+        if null_class_label is None:
+            raise ValueError("`guidance_scale` needs `null_class_label`, the label that stands for 'no class'.")
+        denoise = GuidedDenoiser(teacher.denoiser, guidance_scale, null_class_label)
+
+    @torch.no_grad()
+    def draw(seeds: Sequence[int]) -> Tensor:
+        weight = next(teacher.unet.parameters())
+        noise = torch.stack([torch.randn(config.in_channels, *size, generator=g) for g in generators(seeds)])
+        sample = noise.to(weight.device) * sigmas[0].to(noise)
+        labels = class_labels(config.num_class_embeds, null_class_label, seeds)
+        conditioning = {} if labels is None else {"class_labels": torch.tensor(labels, device=weight.device)}
+        return eight_bits(
+            integrate(denoise, sample, sigmas, SOLVERS[solver], **conditioning), teacher.preconditioning.image_range
+        )
+
+    description = {"heun": "Heun", "euler": "DDIM"}[solver] + f", guidance {guidance_scale:g}" * guided
+    return Sampler(name, description, nfe * (1 + guided), draw)
+
+
+def class_labels(num_classes: int | None, null_class_label: int | None, seeds: Sequence[int]) -> list[int] | None:
+    """Classes in turn, so that all have the same share; without the one that stands for none."""
+    if num_classes is None:
+        return None
+    classes = [label for label in range(num_classes) if label != null_class_label]
+    return [classes[seed % len(classes)] for seed in seeds]
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each image, on the CPU: the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def eight_bits(images: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Images as they are saved: clipped and rounded to uint8."""
+    low, high = value_range
+    return ((images.float() - low) / (high - low) * 255).clamp(0, 255).round().to(torch.uint8)

@@ -1,0 +1,266 @@
+"""Whole evaluations: the same on any number of processes, with references read once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import TESTS, environment
+from PIL import Image
+from torch import nn
+
+from cm_diffusers.cli import main
+from cm_diffusers.evaluation import Evaluator, Features, Reference, Report, Sampler, load_features
+from cm_diffusers.evaluation import features as features_module
+from cm_diffusers.evaluation.classifier import DomainClassifier
+from cm_diffusers.evaluation.neighbours import nearest
+from cm_diffusers.evaluation.plots import plot_training
+from cm_diffusers.evaluation.reference import reference_features
+
+REAL = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reference"
+
+
+class Patches(nn.Module):
+    """Means of the quarters of each channel, and three logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        means = nn.functional.adaptive_avg_pool2d(images.float() * self.weight, 2).flatten(1)
+        return means, means[:, :3] / 50
+
+
+def sampler(shift=0.0):
+    def draw(seeds):
+        noise = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return (torch.stack(noise) * 200 + shift).to(torch.uint8)
+
+    return Sampler("student", "test", 1, draw)
+
+
+def evaluator(**changes):
+    arguments = {"num_images": 50, "batch_size": 16, **changes}
+    return Evaluator(load_features(Patches()), Reference(REAL, "noise"), **arguments)
+
+
+def test_figures_do_not_depend_on_the_batch_size():
+    one, other = (evaluator(batch_size=size).measure(sampler()) for size in (50, 7))
+    assert one.metrics == pytest.approx(other.metrics, rel=1e-6)
+    assert set(one.metrics) == {"fid", "kid", "precision", "recall", "density", "coverage", "inception_score"}
+    assert one.seconds_per_1000 > 0
+
+
+def test_repetitions_use_other_seeds():
+    result = evaluator(repeats=3, num_images=20).measure(sampler())
+    assert result.repeats == 3
+    assert result.spread["fid"] > 0
+    singles = [
+        Evaluator(load_features(Patches()), Reference(REAL, "noise"), 20).measure(
+            Sampler("s", "s", 1, lambda seeds, first=first: sampler().draw([first + seed for seed in seeds]))
+        )
+        for first in (0, 20, 40)
+    ]
+    assert result.metrics["fid"] == pytest.approx(sum(single.metrics["fid"] for single in singles) / 3)
+
+
+def test_any_number_of_processes_gives_the_same(tmp_path):
+    found = []
+    for ranks in (1, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        file = tmp_path / f"{ranks}.json"
+        subprocess.run(
+            [*(launcher if ranks > 1 else [sys.executable]), str(Path(__file__)), str(file)], check=True, timeout=120,
+            env=environment(PYTHONPATH=f"{TESTS}:{TESTS.parent}"),
+        )  # fmt: skip
+        found.append(Report.load(file).results[0])
+    assert found[0].metrics == pytest.approx(found[1].metrics, rel=1e-5)
+    assert found[0].protocol == found[1].protocol
+
+
+def test_a_reference_is_seen_once_whoever_asks(cache):
+    network = Patches()
+    first = Evaluator(load_features(network), Reference(REAL, "noise"), 10)
+    first.measure(sampler())
+    assert network.seen == 60 + 10
+    Evaluator(load_features(network), Reference(REAL.clone(), "the same pixels"), 10).measure(sampler())
+    assert network.seen == 60 + 20
+    Evaluator(load_features(network), Reference(REAL[:59], "fewer"), 10).measure(sampler())
+    assert network.seen == 60 + 59 + 30
+    network.weight.data += 1  # another network
+    Evaluator(load_features(network), Reference(REAL, "noise"), 10).measure(sampler())
+    assert network.seen == 2 * 60 + 59 + 40
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_damaged_cache_is_made_anew(cache, caplog):
+    features, reference = load_features(Patches()), Reference(REAL, "noise")
+    whole = reference_features(features, reference, 16)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(reference_features(features, reference, 16), whole)
+    assert "is made anew" in caplog.text
+    assert torch.equal(reference_features(features, reference, 16), whole)
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(3, 4, 4\) cannot be compared with a reference of \(3, 8, 8\)"):
+        evaluator().measure(Sampler("s", "s", 1, lambda seeds: torch.zeros(len(seeds), 3, 4, 4, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("changes", [{"num_images": 1}, {"repeats": 0}, {"batch_size": 0}])
+def test_senseless_numbers_are_refused(changes):
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must be at least"):
+        evaluator(**changes)
+
+
+# Feature networks
+
+
+def test_inception_comes_with_its_own_weights_or_not_at_all(tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    place = tmp_path / "checkpoints" / features_module.INCEPTION_URL.rsplit("/", 1)[1]
+
+    def download(url, destination, hash_prefix):
+        assert hash_prefix == features_module.INCEPTION_SHA256
+        torch.save({}, destination)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match="does not hold Inception's weights: its SHA-256 is"):
+        load_features("inception")
+    import hashlib
+
+    monkeypatch.setattr(features_module, "INCEPTION_SHA256", hashlib.sha256(place.read_bytes()).hexdigest())
+    inception = load_features("inception")
+    grey = REAL[:2, :1]
+    found, logits = inception(grey)
+    assert found.shape == (2, 2048) and logits.shape == (2, 1008)
+    torch.testing.assert_close(inception(grey.expand(-1, 3, -1, -1))[0], found)
+
+
+def test_a_classifier_is_learned_and_kept(tmp_path):
+    labels = torch.arange(200) % 2
+    images = (torch.rand(200, 1, 12, 12, generator=torch.Generator().manual_seed(0)) * 60).to(torch.uint8)
+    images[labels == 1, :, :6] += 120
+    classifier = DomainClassifier.fit(images, labels, steps=40, batch_size=32, width=8)
+    assert classifier.accuracy(images, labels) > 0.95
+    again = DomainClassifier.fit(images, labels, steps=40, batch_size=32, width=8)
+    classifier.save(tmp_path / "classifier")
+    kept = load_features(tmp_path / "classifier")
+    assert kept.digest == Features(classifier, "").digest == Features(again, "").digest
+    assert kept.name == "classifier classifier"
+    torch.testing.assert_close(kept(images)[0], classifier(images)[0])
+    assert kept(images)[0].abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("vgg", "must be 'inception'"), ("no.such:thing", "cannot be imported"), (3, "must be 'inception'")],
+)
+def test_what_gives_no_features_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_features(source)
+
+
+def test_a_function_gives_a_network():
+    assert isinstance(load_features("test_evaluate:Patches").network, nn.Module)
+    with pytest.raises(TypeError, match="must give a torch network"):
+        load_features("json:JSONDecoder")
+
+
+def test_features_take_eight_bits_only():
+    with pytest.raises(TypeError, match="in uint8, got torch.float32"):
+        load_features(Patches())(torch.zeros(1, 3, 8, 8))
+
+
+# Neighbours and pictures
+
+
+def test_copies_are_found():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(400, 8, generator=generator)
+    fresh, copied = torch.randn(50, 8, generator=generator), reference[100:150] + 1e-3
+    assert nearest(fresh, reference).share_of_copies == 0
+    found = nearest(torch.cat([fresh, copied]), reference)
+    assert found.share_of_copies == 0.5
+    assert found.rows[50:, 0].tolist() == list(range(100, 150))
+    assert (found.distances.diff(dim=1) >= 0).all()
+
+
+def test_training_is_plotted(tmp_path):
+    plot_training([{"step": s, "nfe": n, "fid": 10.0 / s / n} for s in (1, 2, 3) for n in (1, 2)], tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (900, 600)
+
+
+# The command
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    import diffusers
+    from conftest import build_unet
+
+    from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+
+    scheduler = ConsistencyScheduler.from_teacher(diffusers.DDPMScheduler(prediction_type="v_prediction"))
+    ConsistencyPipeline(build_unet(), scheduler).save_pretrained(tmp_path / "student")
+    diffusers.DDPMPipeline(build_unet(seed=1), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "images").mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 10, 10, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    return tmp_path
+
+
+def test_evaluate_writes_a_report_and_adds_to_it(workspace, capsys):
+    command = [
+        "evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--num_images", "12",
+        "--features", "test_evaluate:Patches", "--output_dir", str(workspace / "out"),
+    ]  # fmt: skip
+    main([*command, "--nfes", "1", "2", "--teacher", str(workspace / "teacher"), "--teacher_nfes", "3"])
+    printed = capsys.readouterr().out
+    assert (
+        "| teacher | Heun | 3 |" in printed and "12 images (3 x 8 x 8, 8 bits) against 30 of images/train" in printed
+    )
+    main([*command, "--nfes", "4"])
+    report = Report.load(workspace / "out" / "report.json")
+    assert [r.nfe for r in report.of("student")] == [1, 2, 4]
+    assert {path.name for path in (workspace / "out").iterdir()} == {
+        "report.json", "report.md", "fid.png", "neighbours.png", "samples-student-nfe-1.png",
+        "samples-student-nfe-2.png", "samples-student-nfe-4.png", "samples-teacher-nfe-3.png",
+    }  # fmt: skip
+    assert "Nearest training images of 64 samples" in (workspace / "out" / "report.md").read_text()
+    with pytest.raises(SystemExit, match="different protocols cannot stand in one table: num_images: 12 and 13"):
+        main([*command, "--nfes", "1", "--num_images", "13"])
+    assert len(json.loads((workspace / "out" / "report.json").read_text())) == 4
+
+
+def test_a_stream_needs_a_number(workspace):
+    with pytest.raises(SystemExit, match="set the number of reference images"):
+        main(["evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--streaming",
+              "--features", "test_evaluate:Patches"])  # fmt: skip
+
+
+if __name__ == "__main__":
+    from accelerate import PartialState
+
+    state = PartialState(cpu=True)
+    report = Report([evaluator(num_images=31, batch_size=4).measure(sampler())])
+    if state.is_main_process:
+        report.save(sys.argv[1])
+    state.destroy_process_group()

@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+
+from cm_diffusers.evaluation import Protocol, Report, Result
+
+PROTOCOL = Protocol("inception", "abcd", "3 x 8 x 8, 8 bits", 1000, "cifar10/train", "ef01", 50_000)
+
+
+def result(model="student", nfe=1, fid=3.0, protocol=PROTOCOL, repetitions=1, sampler="multistep"):
+    found = [{"fid": fid + shift, "kid": 0.1} for shift in range(repetitions)]
+    return Result.over(found, model=model, sampler=sampler, nfe=nfe, seconds_per_1000=2.0, protocol=protocol)
+
+
+def test_repetitions_give_a_mean_and_a_spread():
+    many = result(repetitions=3)
+    assert many.metrics["fid"] == pytest.approx(4)
+    assert many.spread["fid"] == pytest.approx(1)
+    assert (many.text("fid"), many.text("kid"), many.text("recall")) == ("4 ± 1", "0.1 ± 0", "-")
+    assert result().spread == {}
+    assert result().text("fid") == "3"
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Protocol)])
+def test_other_protocols_stay_out_of_the_table(name):
+    report = Report([result()])
+    other = dataclasses.replace(PROTOCOL, **{name: getattr(PROTOCOL, name) * 2})
+    with pytest.raises(ValueError, match=f"cannot stand in one table: {name}: "):
+        report.add(result(nfe=2, protocol=other))
+
+
+def test_the_table_names_its_protocol_and_is_sorted():
+    report = Report()
+    for nfe in (4, 1, 2):
+        report.add(result(nfe=nfe, fid=10 / nfe))
+    report.add(result("teacher", nfe=35))
+    lines = report.table().splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:6]] == ["1", "2", "4", "35"]
+    assert lines[0].startswith("| model | sampler | NFE | FID ↓ | KID ↓ |")
+    assert lines[-1].startswith(
+        "1,000 images (3 x 8 x 8, 8 bits) against 50,000 of cifar10/train, features: inception"
+    )
+    assert report.best("student").nfe == 4
+    assert report.best("nobody") is None
+    assert Report().table() == ""
+
+
+def test_a_figure_that_is_measured_again_replaces_the_old():
+    report = Report([result(fid=3.0)])
+    report.add(result(fid=2.0))
+    assert [r.metrics["fid"] for r in report.results] == [2.0]
+    report.add(result(sampler="another"))
+    assert len(report.results) == 2
+
+
+def test_a_report_survives_its_file(tmp_path):
+    report = Report([result(repetitions=2), result("teacher", nfe=35)])
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize("content", ["", "{}x", '[{"model": 1}]', "[3]"])
+def test_what_is_no_report_is_refused(content, tmp_path):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        Report.load(tmp_path / "report.json")
