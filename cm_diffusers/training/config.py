@@ -135,6 +135,11 @@ class ConsistencyConfig:
     sample_steps: int = _option(1_000, "steps between sample grids; 0: none")
     num_samples: int = _option(16, "images in a sample grid")
     sample_nfes: list[int] = _option([1, 2], "numbers of steps to sample with")
+    eval_steps: int = _option(0, "steps between evaluations against the training images; 0: none")
+    eval_features: str = _option("inception", "feature network: inception, a classifier's folder, or module:function")
+    eval_num_images: int = _option(1_000, "images drawn for an evaluation")
+    eval_num_reference: int = _option(10_000, "training images they are compared with, the first")
+    eval_nfes: list[int] = _option([1], "numbers of steps to evaluate; the best student is the first one's")
     tracker: str = _option("tensorboard", "tracker of accelerate: tensorboard, wandb, ... or none")
 
     def __post_init__(self) -> None:
@@ -167,11 +172,13 @@ class ConsistencyConfig:
         positive = (
             "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
             "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit "
-            "s0 max_bad_steps distributed_timeout"
+            "s0 max_bad_steps distributed_timeout eval_num_images eval_num_reference"
         )
         for name in positive.split():
             self._require(name, lambda value: value > 0, "positive")
-        not_negative = "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay"
+        not_negative = (
+            "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay eval_steps"
+        )
         for name in not_negative.split():
             self._require(name, lambda value: value >= 0, "at least 0")
         self._require("num_levels", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
@@ -181,6 +188,7 @@ class ConsistencyConfig:
         self._require("max_grad_norm", lambda value: value > 0, "positive")
         self._require("adam_betas", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two in [0, 1)")
         self._require("sample_nfes", lambda nfes: all(n >= 1 for n in nfes), "positive")
+        self._require("eval_nfes", lambda nfes: nfes and all(n >= 1 for n in nfes), "positive, and one at least")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise ValueError(f"Need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.")
 

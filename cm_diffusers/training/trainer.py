@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,9 @@ class ConsistencyTrainer:
         if config.sample_steps and (step % config.sample_steps == 0 or last):
             log_samples(self.accelerator, self.pipeline(), config, step, self.output_dir / "samples")
             self.meter.restart_clock()
+        if config.eval_steps and (step % config.eval_steps == 0 or last) and phase is self.phases[-1]:
+            self.evaluation(self.pipeline(), step)
+            self.meter.restart_clock()
         if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or (last and phase is self.phases[-1])):
             self.save_checkpoint()
             self.meter.restart_clock()
@@ -359,6 +363,13 @@ class ConsistencyTrainer:
         checkpoints.clean(self.output_dir / CHECKPOINTS)
         for folder in self.output_dir.glob(f"{PARTIAL_STUDENT}*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    @cached_property
+    def evaluation(self) -> Any:
+        """What measures the student while it trains. Its first step is the one that the run has come to."""
+        from cm_diffusers.evaluation.in_loop import TrainingEvaluation
+
+        return TrainingEvaluation(self.config, self.dataset, self.accelerator, self.step - 1)
 
     def averages(self) -> dict[str, EMA]:
         """The frozen copies that follow the student."""
