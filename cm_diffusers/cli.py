@@ -18,6 +18,7 @@ MODULES = {
     "doctor": "training",
     "sample": "sampling",
     "evaluate": "evaluation",
+    "push": "publishing",
 }
 
 

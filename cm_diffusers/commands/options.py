@@ -11,6 +11,7 @@ USAGE = {
     "train": "Train a one-step network on data alone (consistency training).",
     "sample": "Draw images from a student.",
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
+    "push": "Publish a student on the Hub, with a model card made of its run and its evaluation.",
     "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
 }
 

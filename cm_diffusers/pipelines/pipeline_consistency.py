@@ -293,6 +293,25 @@ class ConsistencyPipeline(DiffusionPipeline):
             index["scheduler"] = ["diffusers", STOCK_CLASS]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the pipeline with a model card. Returns the address of the commit.
+
+        Args:
+            repo_id (`str`): `name`, `user/name` or `organisation/name`.
+            options: `private`, `token`, `revision`, `commit_message`, `create_pr` of
+                [`~cm_diffusers.hub.push_to_hub`].
+
+        Raises:
+            [`~cm_diffusers.hub.push.PushError`]: if the Hub refuses or cannot be reached.
+        """
+        import tempfile
+
+        from cm_diffusers.hub import push_to_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_to_hub(folder, repo_id, **options)
+
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
         """Fetch a repository of the Hub and return its folder.

@@ -140,6 +140,12 @@ class ConsistencyConfig:
     eval_num_images: int = _option(1_000, "images drawn for an evaluation")
     eval_num_reference: int = _option(10_000, "training images they are compared with, the first")
     eval_nfes: list[int] = _option([1], "numbers of steps to evaluate; the best student is the first one's")
+    push_to_hub: bool = _option(False, "publish the student on the Hub when the run ends")
+    hub_model_id: str | None = _option(None, "its name there; by default that of output_dir, under your account")
+    hub_private_repo: bool | None = _option(None, "a new repository is private; by default your account's setting")
+    hub_revision: str | None = _option(None, "branch to push to")
+    hub_strategy: Literal["end", "checkpoint"] = _option("end", "push at the end, or with every checkpoint, too")
+    hub_token: str | None = _option(None, "by default that of `hf auth login` or HF_TOKEN; written nowhere")
     tracker: str = _option("tensorboard", "tracker of accelerate: tensorboard, wandb, ... or none")
 
     def __post_init__(self) -> None:
@@ -212,8 +218,8 @@ class ConsistencyConfig:
         return cls.from_dict({**read_yaml(path), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `from_dict` takes them."""
-        return dataclasses.asdict(self)
+        """Plain values, as `from_dict` takes them, without the token."""
+        return {**dataclasses.asdict(self), "hub_token": None}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ FREE_TO_CHANGE = frozenset(
     "output_dir resume logging_steps sample_steps num_samples sample_nfes tracker checkpoint_steps checkpoint_limit "
     "teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout eval_steps eval_features "
     "eval_num_images eval_num_reference eval_nfes "
+    "push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
     # How the work is done, not what is computed, up to rounding. The global batch is compared instead of its parts,
     # and the precision that accelerate settled on instead of what it was asked for.
     "batch_size gradient_accumulation_steps num_workers allow_tf32 compile channels_last "
@@ -52,8 +53,12 @@ class Memory:
         self.networks, self.optimizer, self.batches, self.identity = networks, optimizer, batches, identity
         self._saved = Path()
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, progress: dict[str, float]) -> Path:
         """Write everything that the next step depends on, once, and delete old checkpoints.
+
+        Args:
+            step (`int`): the next.
+            progress (`dict`): numbers to go on counting from.
 
         Raises:
             [`~cm_diffusers.training.checkpoints.CheckpointError`]: if it cannot be written. Older ones stay.
@@ -65,7 +70,7 @@ class Memory:
         optimizer = state.whole_optimizer(self.networks["student"], self.optimizer.optimizer)
         scaler = self.accelerator.scaler
         run = {
-            **self.identity, "step": step, "data": gather_object([self.batches.state()]),
+            **self.identity, "step": step, "data": gather_object([self.batches.state()]), "progress": progress,
             "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
 
@@ -81,8 +86,11 @@ class Memory:
         self._saved = folder
         return folder
 
-    def resume(self, source: str) -> int:
-        """Take up the run from `"auto"` or a checkpoint's folder. Returns the next step; 0 if there is no checkpoint.
+    def resume(self, source: str) -> tuple[int, dict[str, float]]:
+        """Take up the run from `"auto"` or a checkpoint's folder.
+
+        Returns:
+            `tuple`: the next step, and what `progress` was when it was saved; 0 and nothing if there is no checkpoint.
 
         Raises:
             [`~cm_diffusers.training.checkpoints.CheckpointError`]: if the checkpoint is missing or damaged.
@@ -91,7 +99,7 @@ class Memory:
         found = on_main(self.accelerator, lambda: find_matching(source, self.folder, self.identity))
         if found is None:
             logger.info("No checkpoint in %s: starting anew.", self.folder)
-            return 0
+            return 0, {}
         folder, saved = found
         is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         for name, network in self.networks.items():
@@ -104,7 +112,7 @@ class Memory:
         else:
             self.batches.restore({"batches": saved["step"] * self.accelerator.gradient_accumulation_steps})
         logger.info("Resumed from %s.", folder)
-        return int(saved["step"])
+        return saved["step"], saved["progress"]
 
 
 def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -123,7 +131,7 @@ def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Pa
         was, now = saved["config"].get(spec.name, spec.default), identity["config"][spec.name]
         if spec.name not in FREE_TO_CHANGE and was != now:
             differences.append(f"{spec.name} was {was!r} and is {now!r}")
-    for name in (identity.keys() | saved.keys()) - {"config", "step", "data", "scaler"}:
+    for name in (identity.keys() | saved.keys()) - {"config", "step", "data", "scaler", "progress"}:
         if saved.get(name) != identity.get(name):
             differences.append(f"the {name.replace('_', ' ')} was {saved.get(name)!r} and is {identity.get(name)!r}")
     if differences:

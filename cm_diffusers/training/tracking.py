@@ -183,6 +183,16 @@ def log_samples(
             _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
 
 
+def save_samples(pipeline: ConsistencyPipeline, count: int, file: Path) -> None:
+    """One grid of images in one step, drawn by this process alone, from the noise of [`log_samples`]."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=count, class_labels=_labels(pipeline, count), output_type="np",
+        generator=[torch.Generator().manual_seed(index) for index in range(count)],
+    ).images  # fmt: skip
+    save_grid(images, file)
+
+
 def _labels(pipeline: ConsistencyPipeline, count: int) -> list[int] | None:
     classes = pipeline.unet.config.num_class_embeds
     if classes is None:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, 
 from cm_diffusers.training.phases import Phase, make_phases
 from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
 from cm_diffusers.training.randomness import SampleRandom, mixed
+from cm_diffusers.training.record import TrainingRecord
 from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
     autocast,
@@ -46,7 +48,7 @@ from cm_diffusers.training.runtime import (
 from cm_diffusers.training.schedules import make_levels, mu_schedule
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
-from cm_diffusers.training.tracking import Meter, log_samples, start_tracker
+from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class ConsistencyTrainer:
             self.accelerator, self.output_dir / CHECKPOINTS, config.checkpoint_limit, networks, self.optimizer,
             self.batches, self._identity(),
         )  # fmt: skip
-        self.step = 0
+        self.step, self._seconds_before, self._started = 0, 0.0, time.monotonic()
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         self.meter = Meter(
             self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
@@ -155,7 +157,9 @@ class ConsistencyTrainer:
         on_main(self.accelerator, self._clean)
         settle(self.student, self.config.batch_size, self.accelerator.device)
         if self.config.resume is not None:
-            self.step = self.memory.resume(self.config.resume)
+            self.step, progress = self.memory.resume(self.config.resume)
+            self._seconds_before, self.watch.skipped = progress.get("seconds", 0.0), int(progress.get("skipped", 0))
+        self._started = time.monotonic()
         self.check_teacher()
         start_tracker(self.accelerator, self.config)
         self.meter.restart_clock()
@@ -177,6 +181,8 @@ class ConsistencyTrainer:
         self.watch.settle()
         pipeline = self.pipeline()
         on_main(self.accelerator, lambda: self.save(pipeline))
+        if self.config.push_to_hub:
+            self.push_to_hub()
         end_training(self.accelerator)
         return pipeline
 
@@ -330,6 +336,8 @@ class ConsistencyTrainer:
             self.meter.restart_clock()
         if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or (last and phase is self.phases[-1])):
             self.save_checkpoint()
+            if config.push_to_hub and config.hub_strategy == "checkpoint" and not last:
+                self._publish_meanwhile()
             self.meter.restart_clock()
 
     def pipeline(self) -> ConsistencyPipeline:
@@ -342,6 +350,8 @@ class ConsistencyTrainer:
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL_STUDENT, dir=self.output_dir))
         try:
             pipeline.save_pretrained(partial)
+            self.record().save(partial)
+            save_samples(pipeline, self.config.num_samples, partial / "samples.png")
             for part in sorted(partial.iterdir()):
                 place = self.output_dir / part.name
                 if place.is_dir():
@@ -356,13 +366,57 @@ class ConsistencyTrainer:
         Raises:
             `CheckpointError`: if it cannot be written. Older ones stay.
         """
-        return self.memory.save(self.step)
+        return self.memory.save(self.step, {"seconds": self.seconds, "skipped": self.watch.skipped})
+
+    @property
+    def seconds(self) -> float:
+        """The run's time so far, over all resumes."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def _clean(self) -> None:
         """Delete what runs that were killed have left half done."""
         checkpoints.clean(self.output_dir / CHECKPOINTS)
         for folder in self.output_dir.glob(f"{PARTIAL_STUDENT}*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def record(self) -> TrainingRecord:
+        """The facts of the run so far."""
+        before = self.phases[-1].start
+        return TrainingRecord.of_run(
+            self.config, self.teacher, self.accelerator, self.unet, self.dataset_identity,
+            conversion_steps=min(self.step, before), steps=max(self.step - before, 0), seconds=round(self.seconds, 1),
+            images=self.step * self.global_batch_size, skipped_steps=self.watch.skipped,
+        )  # fmt: skip
+
+    def _publish_meanwhile(self) -> None:
+        pipeline = self.pipeline()
+
+        def publish() -> None:
+            self.save(pipeline)
+            self.publisher.push_meanwhile(self.step)
+
+        on_main(self.accelerator, publish)
+
+    @cached_property
+    def publisher(self) -> Any:
+        """What brings the student to the Hub."""
+        from cm_diffusers.hub.publisher import Publisher
+
+        return Publisher(self.config)
+
+    def push_to_hub(self, **options: Any) -> str:
+        """Publish the student in `output_dir`. Called on all ranks.
+
+        Args:
+            options: of [`~cm_diffusers.hub.push_to_hub`]; the config's otherwise.
+
+        Returns:
+            `str`: the address of the commit.
+
+        Raises:
+            [`~cm_diffusers.hub.push.PushError`]: if it cannot be pushed; it is saved all the same.
+        """
+        return str(on_main(self.accelerator, lambda: self.publisher.push(**options)))
 
     @cached_property
     def evaluation(self) -> Any:

@@ -1,0 +1,28 @@
+"""`cm-diffusers push`: students to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cm_diffusers.commands.options import Parser
+
+
+def push(arguments: Sequence[str]) -> None:
+    """`cm-diffusers push`: one commit with the student, its card and its evaluation."""
+    parser = Parser("push")
+    parser.add_argument("folder", metavar="FOLDER", help="the student, as a run saved it")
+    parser.add_argument("repo_id", metavar="NAME", help="name, user/name or organisation/name on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--token", help="by default that of `hf auth login` or HF_TOKEN")
+    parser.add_argument("--revision", help="branch to commit to, made if there is none")
+    parser.add_argument("--commit_message", default="Upload student", help="of the commit")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--dry_run", action="store_true", help="print the card, and push nothing")
+    options = vars(parser.parse_args(arguments))
+    from cm_diffusers.hub import push_to_hub, render_card
+
+    folder, repo_id = options.pop("folder"), options.pop("repo_id")
+    if options.pop("dry_run"):
+        print(render_card(folder, repo_id))
+    else:
+        print(f"Pushed to {push_to_hub(folder, repo_id, **options)}")

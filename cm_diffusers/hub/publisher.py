@@ -1,0 +1,68 @@
+"""A run's student on the Hub: at the end, and while it trains."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cm_diffusers.hub.push import PushError, gather, push_to_hub
+from cm_diffusers.training.config import ConsistencyConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Pushes the student in a run's `output_dir`. Used by one process.
+
+    Args:
+        config ([`ConsistencyConfig`]): the run's.
+    """
+
+    def __init__(self, config: ConsistencyConfig) -> None:
+        self.config, self.folder = config, Path(config.output_dir)
+        self.repo_id = config.hub_model_id or self.folder.resolve().name
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def push(self, **options: Any) -> str:
+        """Push now, after what is under way. Returns the address of the commit.
+
+        Raises:
+            [`~cm_diffusers.hub.push.PushError`]: saying how to push it later.
+        """
+        if self._under_way is not None:
+            self._under_way.result()
+        try:
+            address = push_to_hub(self.folder, **{**self._options("End of training"), **options})
+        except PushError as error:
+            later = f"cm-diffusers push {self.folder} {self.repo_id}"
+            raise PushError(f"{error} The student is saved: push it with `{later}`.") from error
+        logger.info("Pushed to %s.", address)
+        return address
+
+    def push_meanwhile(self, step: int) -> None:
+        """Push what is saved now while training goes on; skipped while an earlier push is under way."""
+        if self._under_way is not None and not self._under_way.done():
+            logger.info("Step %d is not pushed: an earlier one is still on its way.", step)
+            return
+        # Copied at once: the run may save again before the upload has read all files.
+        staging = tempfile.TemporaryDirectory()
+        gather(self.folder, Path(staging.name), self.repo_id)
+        self._under_way = self._pool.submit(self._push_staged, staging, step)
+
+    def _push_staged(self, staging: tempfile.TemporaryDirectory[str], step: int) -> None:
+        with staging as folder:
+            try:
+                push_to_hub(folder, **self._options(f"Step {step}"))
+            except (PushError, ValueError) as error:
+                logger.warning("The student of step %d is not pushed: %s", step, error)
+
+    def _options(self, message: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "repo_id": self.repo_id, "private": config.hub_private_repo, "token": config.hub_token,
+            "revision": config.hub_revision, "commit_message": message,
+        }  # fmt: skip

@@ -1,0 +1,133 @@
+import json
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import build_unet
+from hub_server import serve
+from torch import nn
+
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
+from cm_diffusers.cli import main
+from cm_diffusers.hub import render_card
+
+IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+DATA = "a folder | of <b>images</b>"
+
+
+class Corners(nn.Module):
+    def forward(self, images):
+        return images[..., :2, :2].float().flatten(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A student with everything: a teacher with a licence, a record, samples and an evaluation."""
+    root = tmp_path_factory.mktemp("card")
+    teacher = root / "teacher"
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(teacher)
+    (teacher / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n<script>alert(1)</script>\n")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = ConsistencyConfig(
+        teacher=str(teacher), distance="pseudo_huber", num_levels=5, batch_size=8, max_train_steps=4, dataset=DATA,
+        conversion_steps=2, teacher_check=False, output_dir=str(root / "run"), tracker="none", sample_steps=0,
+        num_samples=4,
+    )  # fmt: skip
+    ConsistencyTrainer(config, train_dataset=IMAGES).train()
+    images = root / "images"
+    images.mkdir()
+    from PIL import Image
+
+    for index, pixels in enumerate(((IMAGES + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).save(images / f"{index}.png")
+    main(["evaluate", str(root / "run"), "--dataset", str(images), "--features", "test_card:Corners", "--num_images",
+          "8", "--nfes", "1", "2", "--teacher", str(teacher), "--teacher_nfes", "5", "--output_dir",
+          str(root / "run" / "evaluation")])  # fmt: skip
+    return root / "run"
+
+
+def metadata(card):
+    return yaml.safe_load(str(card).split("---")[1])
+
+
+def test_the_hub_client_validates_it(run, tmp_path, monkeypatch):
+    with serve(tmp_path) as endpoint:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        render_card(run, "me/student").validate()
+        with pytest.raises(ValueError, match="More Information Needed"):
+            huggingface_hub.ModelCard("---\nlicense: mit\n---\nMore Information Needed").validate()
+
+
+def test_it_says_what_happened(run):
+    text = str(render_card(run, "me/student"))
+    for fact in (
+        "# student", "images of 8 × 8 pixels", "![Samples in one step](samples.png)", "| method | cd |",
+        "| source | teacher |", "| solver | heun |", "| target | ema |", "| distance | pseudo_huber |",
+        "| weighting | uniform |", "| num levels | 5 |", "| steps | 4 |", "| steps of conversion before | 2 |",
+        "| images seen | 48 |", "Teacher: `teacher`, under a `DDPMScheduler`", "CPU, precision no", "| FID ↓ |",
+        "| student | multistep consistency | 2 |", "| teacher | Heun | 5 |", "8 images (3 x 8 x 8, 8 bits) against 40",
+        "## Limitations", "2 steps at σ = 80, ", "`cc-by-4.0`, that of its teacher", "@inproceedings{song2023",
+    ):  # fmt: skip
+        assert fact in text, fact
+    for nothing in (str(run.parent), "More Information Needed", "None", "nan", "<script", "<b>"):
+        assert nothing not in text
+    assert "a folder \\| of &lt;b&gt;images&lt;/b&gt;, 40 images" in text
+
+
+def test_its_metadata_are_for_machines(run):
+    values = metadata(render_card(run, "me/student"))
+    assert values["license"] == "cc-by-4.0"
+    assert values["library_name"] == "diffusers"
+    assert values["pipeline_tag"] == "unconditional-image-generation"
+    assert {"consistency-models", "one-step", "distillation"} <= set(values["tags"])
+    (model,) = values["model-index"]
+    names = {metric["name"] for result in model["results"] for metric in result["metrics"]}
+    assert {"FID, 1 NFE", "FID, 2 NFE", "KID, 1 NFE"} <= names
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_both_ways_of_loading_are_shown_as_they_are(stock, tmp_path):
+    teacher = diffusers.EDMEulerScheduler() if stock else diffusers.DDPMScheduler(prediction_type="v_prediction")
+    scheduler = ConsistencyScheduler.from_teacher(teacher, **({"family": "consistency"} if stock else {}))
+    ConsistencyPipeline(build_unet(num_class_embeds=3), scheduler).save_pretrained(tmp_path)
+    text = str(render_card(tmp_path, "me/student"))
+    assert 'ConsistencyPipeline.from_pretrained("me/student")' in text
+    assert ('DiffusionPipeline.from_pretrained("me/student")' in text) == stock
+    assert ('UNet2DModel.from_pretrained("me/student", subfolder="unet")' in text) != stock
+    assert "pipe(class_labels=0, num_inference_steps=1)" in text
+    assert "of 3 classes" in text
+    # What is not known is not said.
+    assert "## Training" not in text and "## Evaluation" not in text and "Its quality has not been measured" in text
+    for code in text.split("```python\n")[1:]:
+        compile(code.split("```")[0], "card", "exec")
+
+
+def test_a_teacher_and_data_of_the_hub_are_linked(run, tmp_path):
+    import shutil
+
+    folder = tmp_path / "student"
+    shutil.copytree(run, folder)
+    record = json.loads((folder / "training.json").read_text())
+    record["teacher"] = {"name": "google/ddpm-cifar10-32", "scheduler": "DDPMScheduler", "license": None}
+    record["dataset"] = {"name": "uoft-cs/cifar10", "rows": 50_000}
+    (folder / "training.json").write_text(json.dumps(record))
+    card = render_card(folder, "me/student")
+    assert metadata(card)["base_model"] == "google/ddpm-cifar10-32"
+    assert metadata(card)["datasets"] == ["uoft-cs/cifar10"]
+    assert "license" not in metadata(card)
+    assert "which states none" in str(card)
+    assert "[uoft-cs/cifar10](https://huggingface.co/datasets/uoft-cs/cifar10), 50,000 images" in str(card)
+
+
+@pytest.mark.parametrize("name", ["training.json", "evaluation/report.json", "model_index.json"])
+def test_a_damaged_file_is_named(run, tmp_path, name):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "student")
+    (tmp_path / "student" / name).write_text("{")
+    with pytest.raises(ValueError, match="student"):
+        render_card(tmp_path / "student", "me/student")

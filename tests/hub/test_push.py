@@ -1,0 +1,225 @@
+"""Students to a real HTTP hub on loopback, and back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import build_unet
+from hub_server import serve_writable
+
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
+from cm_diffusers.cli import main
+from cm_diffusers.hub import push, push_to_hub, render_card
+from cm_diffusers.hub.push import PushError
+
+IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's address and state; this process's client talks to it, and does not wait long."""
+    with serve_writable(tmp_path / "hub") as (endpoint, state):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(push, "FIRST_PAUSE", 0.01)
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield endpoint, state
+
+
+def make_student(folder, stock=False):
+    teacher = diffusers.EDMEulerScheduler() if stock else diffusers.DDPMScheduler(prediction_type="v_prediction")
+    family = {"family": "consistency"} if stock else {}
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler.from_teacher(teacher, **family)).save_pretrained(folder)
+    return folder
+
+
+def load_elsewhere(code, endpoint, home):
+    """The output of code in a process that knows nothing but the hub."""
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        env.pop(name, None)
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+SAMPLE = (
+    "import torch\nnoise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+    "print(float(pipe(latents=noise, num_inference_steps=1, output_type='pt').images.double().sum()))"
+)
+OURS = "from cm_diffusers import ConsistencyPipeline\npipe = ConsistencyPipeline.from_pretrained('{}')\n" + SAMPLE
+STOCK = (
+    "import sys\nsys.modules['cm_diffusers'] = None\nfrom diffusers import DiffusionPipeline\n"
+    "pipe = DiffusionPipeline.from_pretrained('{}')\nassert type(pipe).__name__ == 'ConsistencyModelPipeline'\n"
+    "import torch\nnoise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+    "images = pipe(latents=noise, num_inference_steps=1, output_type='np').images\n"
+    "print(float(torch.as_tensor(images).double().sum()))"
+)
+
+
+def test_a_student_comes_back_with_our_classes(hub, tmp_path):
+    endpoint, state = hub
+    folder = make_student(tmp_path / "student")
+    address = push_to_hub(folder, "me/student")
+    assert address.startswith(f"{endpoint}/me/student/commit/")
+    assert state.commits == [("me/student", "main", "Upload student")]
+    here = ConsistencyPipeline.from_pretrained(folder)
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = float(here(latents=noise, output_type="pt").images.double().sum())
+    assert float(load_elsewhere(OURS.format("me/student"), endpoint, tmp_path)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_stock_student_comes_back_without_our_classes(hub, tmp_path):
+    endpoint, _ = hub
+    push_to_hub(make_student(tmp_path / "student", stock=True), "me/stock")
+    ours = float(load_elsewhere(OURS.format("me/stock"), endpoint, tmp_path))
+    assert float(load_elsewhere(STOCK.format("me/stock"), endpoint, tmp_path)) == pytest.approx(ours, rel=1e-6)
+
+
+def test_pushing_twice_updates(hub, tmp_path):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+    push_to_hub(folder, "me/student")
+    (folder / "training.json").unlink(missing_ok=True)
+    push_to_hub(folder, "me/student", commit_message="Again")
+    assert [message for *_, message in state.commits] == ["Upload student", "Again"]
+    assert (state.root / "me" / "student" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_names_branches_privacy_and_pull_requests(hub, tmp_path):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+    push_to_hub(folder, "student", private=True)
+    assert state.private == {"me/student"}
+    push_to_hub(folder, "org/student", revision="v2")
+    assert state.commits[-1][:2] == ("org/student", "v2")
+    assert not (state.root / "org" / "student" / "unet").exists()
+    assert push_to_hub(folder, "me/student", create_pr=True).endswith("/discussions/1")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        ("hf_wrong", "me/student", "does not know who pushes to me/student: `hf auth login`"),
+        ("hf_reader", "me/student", "may not write to me/student"),
+        ("hf_writer", "else/student", "may not write to else/student"),
+    ],
+)
+def test_who_may_not_is_told(hub, tmp_path, token, repo, message):
+    _, state = hub
+    (state.root / repo).mkdir(parents=True)
+    folder = make_student(tmp_path / "student")
+    with pytest.raises(PushError, match=message):
+        push_to_hub(folder, repo, token=token)
+    assert state.commits == []
+    with pytest.raises(SystemExit, match=f"cm-diffusers push: error: .*{message}"):
+        main(["push", str(folder), repo, "--token", token])
+
+
+@pytest.mark.parametrize("pattern", ["/api/repos/create", "/lfs/", "/preupload/", "/commit/"])
+def test_a_connection_that_breaks_is_tried_again(hub, tmp_path, pattern):
+    _, state = hub
+    state.drop.append(pattern)
+    push_to_hub(make_student(tmp_path / "student"), "me/student")
+    assert state.drop == []
+    assert len(state.commits) == 1
+
+
+def test_a_hub_that_is_gone_is_a_clear_error_and_nothing_is_lost(hub, tmp_path):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+    before = sorted(path.name for path in folder.rglob("*"))
+    state.drop += ["/api/repos/create"] * push.TRIES
+    with pytest.raises(PushError, match="Nothing is lost: push again"):
+        push_to_hub(folder, "me/student")
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    push_to_hub(folder, "me/student")
+    assert len(state.commits) == 1
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "me/stu dent", "me/"])
+def test_names_that_the_hub_does_not_allow(hub, tmp_path, repo):
+    with pytest.raises(ValueError, match="is no name of a repository"):
+        push_to_hub(make_student(tmp_path / "student"), repo)
+
+
+def test_a_folder_without_a_student_makes_no_repository(hub, tmp_path):
+    _, state = hub
+    with pytest.raises(ValueError, match="holds no student"):
+        push_to_hub(tmp_path, "me/student")
+    assert not state.root.exists() or not (state.root / "me").exists()
+
+
+# From a run
+
+
+def make_trainer(folder, **changes):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {
+        "distance": "pseudo_huber", "num_levels": 5, "batch_size": 8, "max_train_steps": 6, "conversion_steps": 2,
+        "teacher_check": False, "output_dir": str(folder), "tracker": "none", "sample_steps": 0, "num_samples": 4,
+        "push_to_hub": True,
+    }  # fmt: skip
+    config = ConsistencyConfig.from_dict({**settings, **changes})
+    return ConsistencyTrainer(config, teacher=(build_unet(), diffusers.DDPMScheduler()), train_dataset=IMAGES)
+
+
+def test_a_run_pushes_at_its_end_and_meanwhile(hub, tmp_path):
+    _, state = hub
+    make_trainer(tmp_path / "my-run", hub_strategy="checkpoint", checkpoint_steps=3, hub_private_repo=True).train()
+    messages = [message for *_, message in state.commits]
+    assert messages[0] == "Step 3" and messages[-1] == "End of training"
+    assert {repo for repo, *_ in state.commits} == {"me/my-run"} == state.private
+    published = {
+        str(p.relative_to(state.root / "me/my-run")) for p in (state.root / "me/my-run").rglob("*") if p.is_file()
+    }
+    assert published == {
+        "README.md", "model_index.json", "samples.png", "training.json", "scheduler/scheduler_config.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    record = json.loads((state.root / "me/my-run/training.json").read_text())
+    assert (record["steps"], record["conversion_steps"], record["images"]) == (6, 2, 64)
+
+
+def test_a_push_that_fails_meanwhile_does_not_end_the_run(hub, tmp_path, caplog):
+    _, state = hub
+    state.tokens["hf_writer"] = ()
+    trainer = make_trainer(tmp_path / "run", hub_strategy="checkpoint", checkpoint_steps=3)
+    with pytest.raises(PushError, match=r"The student is saved: push it with `cm-diffusers push .*run run`"):
+        trainer.train()
+    assert "The student of step 3 is not pushed" in caplog.text
+    assert trainer.step == 8
+    assert ConsistencyPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_a_token_is_written_nowhere(hub, tmp_path):
+    make_trainer(tmp_path / "run", hub_token="hf_writer", checkpoint_steps=4).train()
+    for path in Path(tmp_path).rglob("*"):
+        if path.is_file():
+            assert b"hf_writer" not in path.read_bytes(), path
+
+
+def test_a_pipeline_pushes_itself(hub, tmp_path):
+    _, state = hub
+    ConsistencyPipeline.from_pretrained(make_student(tmp_path / "student")).push_to_hub("me/own", private=True)
+    assert (state.root / "me/own/model_index.json").exists()
+    assert state.private == {"me/own"}
+
+
+def test_the_command_pushes_or_shows_the_card(hub, tmp_path, capsys):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+    main(["push", str(folder), "me/student", "--dry_run"])
+    assert capsys.readouterr().out.strip() == str(render_card(folder, "me/student")).strip()
+    assert state.commits == []
+    main(["push", str(folder), "me/student", "--commit_message", "By hand"])
+    assert "Pushed to http://127.0.0.1" in capsys.readouterr().out
+    assert state.commits[0][2] == "By hand"
