@@ -19,6 +19,7 @@ MODULES = {
     "sample": "sampling",
     "evaluate": "evaluation",
     "push": "publishing",
+    "export": "publishing",
 }
 
 

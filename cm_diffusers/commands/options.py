@@ -12,6 +12,7 @@ USAGE = {
     "sample": "Draw images from a student.",
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
     "push": "Publish a student on the Hub, with a model card made of its run and its evaluation.",
+    "export": "Write a student for stock diffusers or as ONNX.",
     "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
 }
 

@@ -1,4 +1,4 @@
-"""`cm-diffusers push`: students to the Hub."""
+"""`cm-diffusers push` and `export`: students to the Hub, and to other programs."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def push(arguments: Sequence[str]) -> None:
         print(render_card(folder, repo_id))
     else:
         print(f"Pushed to {push_to_hub(folder, repo_id, **options)}")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """`cm-diffusers export`: a stock pipeline, or an ONNX model of one step."""
+    parser = Parser("export")
+    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    parser.add_argument("folder", metavar="FOLDER", help="where the export goes")
+    parser.add_argument("--format", choices=("diffusers", "onnx"), default="diffusers", help="(default: diffusers)")
+    options = parser.parse_args(arguments)
+    from cm_diffusers import ConsistencyPipeline
+    from cm_diffusers.hub import export_to_diffusers, export_to_onnx
+
+    pipeline = ConsistencyPipeline.from_pretrained(options.model)
+    if options.format == "onnx":
+        print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")
+    else:
+        kind = export_to_diffusers(pipeline, options.folder)
+        print(f"Wrote {options.folder}, which loads with diffusers.{kind.__name__}.")

@@ -149,7 +149,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         Args:
             scheduler (`SchedulerMixin`): the teacher's scheduler, of any supported class.
             overrides: any argument of [`ConsistencyScheduler`]. Without them the range of sigma is
-                [max(0.002, teacher's lowest), min(80, teacher's highest)] and the boundary is `edm` for EDM and
+                [max(0.002, teacher's lowest), min(80, teacher's highest)] (all of the teacher's for the boundary `lcm`,
+                as `LCMScheduler` has it) and the boundary is `edm` for EDM and
                 consistency teachers, `euler` for all others.
 
         Raises:
@@ -165,6 +166,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             fields.pop("prediction_type", None)  # says nothing of another family
         if overrides.get("boundary") == "lcm":
             overrides.setdefault("sigma_min", low)
+            overrides.setdefault("sigma_max", high)  # where LCMScheduler starts
         defaults = {
             "boundary": "edm" if own_grid else "euler",
             "sigma_min": max(0.002, low),

@@ -1,0 +1,135 @@
+"""Students for those who do not have this package: stock diffusers pipelines, and ONNX."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, LCMScheduler
+from torch import Tensor, nn
+
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.preconditioning import BETA_FIELDS, Denoiser
+
+# Of the original LCM: every 20th of 1,000 timesteps.
+LCM_STEPS = 50
+ONNX_FILE = "model.onnx"
+
+
+def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> type:
+    """Write a student as a pipeline of stock diffusers, if there is one that computes the same.
+
+    - EDM and consistency students become a `ConsistencyModelPipeline`, with the same images to the bit.
+    - Variance-preserving students with `boundary="lcm"` become a `DDPMPipeline` under `LCMScheduler`. In one step its
+      images are the same up to a relative 1e-4, as it starts from unit variance rather than from `sigma_max` (and
+      rounds it off).
+
+    Args:
+        pipeline ([`ConsistencyPipeline`]): the student.
+        folder (`str` or `Path`): where the stock pipeline goes.
+
+    Returns:
+        `type`: the class that loads it.
+
+    Raises:
+        `ValueError`: if no stock pipeline computes the same, saying why.
+    """
+    scheduler = pipeline.scheduler
+    if scheduler.is_stock:
+        pipeline.save_pretrained(folder)
+        _drop_own_keys(Path(folder))
+        return ConsistencyModelPipeline
+    reasons = []
+    if scheduler.config.family != "vp" or scheduler.config.boundary != "lcm":
+        reasons.append(f"its family is {scheduler.config.family!r} and its boundary {scheduler.config.boundary!r}")
+    else:
+        last = scheduler.config.num_train_timesteps - 1
+        start = float(scheduler.preconditioning.c_noise(torch.tensor(scheduler.config.sigma_max)))
+        if abs(start - last) > 0.01:
+            reasons.append(f"it was trained up to timestep {start:.1f}, and LCMScheduler starts at {last}")
+        if pipeline.unet.config.num_class_embeds is not None:
+            reasons.append("DDPMPipeline passes no class labels")
+    if reasons:
+        raise ValueError(
+            f"No stock pipeline computes this student: {'; '.join(reasons)}. Stock are students of EDM and consistency "
+            "networks, and unconditional variance-preserving ones trained with `boundary: lcm`."
+        )
+    betas = {name: scheduler.config[name] for name in BETA_FIELDS.split() if name in scheduler.config}
+    lcm = LCMScheduler(
+        **betas, prediction_type=scheduler.config.prediction_type, clip_sample=scheduler.config.clip_denoised,
+        timestep_scaling=scheduler.config.timestep_scaling, original_inference_steps=LCM_STEPS,
+    )  # fmt: skip
+    DDPMPipeline(pipeline.unet, lcm).save_pretrained(folder)
+    return DDPMPipeline
+
+
+def _drop_own_keys(folder: Path) -> None:
+    """Leave in the scheduler's config what its stock class knows, so that stock diffusers has nothing to warn of."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    known = {"_class_name", "_diffusers_version", *CMStochasticIterativeScheduler().config}
+    kept = {name: value for name, value in config.items() if name in known}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+class OneStep(nn.Module):
+    """A student's one step as a network: from unit-variance noise to images in [0, 1].
+
+    Args:
+        pipeline ([`ConsistencyPipeline`]): the student.
+    """
+
+    def __init__(self, pipeline: ConsistencyPipeline) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(pipeline.unet).float().eval()
+        config = pipeline.scheduler.config
+        self.f = Denoiser(self.unet, pipeline.scheduler.boundary)
+        self.sigma, (self.low, self.high) = float(config.sigma_max), config.image_range
+
+    def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Images of the shape of `noise`, `(batch, channels, height, width)`; labels of shape `(batch,)`."""
+        conditioning: dict[str, Any] = {} if class_labels is None else {"class_labels": class_labels}
+        images = self.f(noise * self.sigma, torch.full((1,), self.sigma), **conditioning)
+        return ((images - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+@torch.no_grad()
+def export_to_onnx(pipeline: ConsistencyPipeline, folder: str | Path) -> Path:
+    """Write a student's one step as `model.onnx`, for batches of any size.
+
+    Its inputs are `noise`, of unit variance, and `class_labels` (int64) for class-conditional students; its output is
+    `images`, in [0, 1].
+
+    Args:
+        pipeline ([`ConsistencyPipeline`]): the student, on any device and in any precision; exported in float32.
+        folder (`str` or `Path`): where it goes.
+
+    Raises:
+        `ImportError`: without onnx and onnxscript (`pip install 'cm_diffusers[onnx]'`).
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Export to ONNX needs `pip install 'cm_diffusers[onnx]'`.") from error
+    network = OneStep(pipeline).cpu()
+    config = pipeline.unet.config
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    inputs = [torch.randn(2, config.in_channels, *size)]
+    names = ["noise"]
+    if config.num_class_embeds is not None:
+        inputs.append(torch.zeros(2, dtype=torch.long))
+        names.append("class_labels")
+    batch = torch.export.Dim("batch")
+    file = Path(folder) / ONNX_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.onnx.export(
+        network, tuple(inputs), str(file), input_names=names, output_names=["images"], dynamo=True, verbose=False,
+        dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=False,
+    )  # fmt: skip
+    return file

@@ -1,0 +1,98 @@
+"""Students elsewhere: stock diffusers classes, and onnxruntime."""
+
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import build_unet
+
+from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+from cm_diffusers.cli import main
+from cm_diffusers.hub import export_to_diffusers, export_to_onnx
+
+NOISE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def student(scheduler=None, stock=False, boundary="euler", **config):
+    scheduler = scheduler or diffusers.DDPMScheduler(prediction_type="v_prediction")
+    how = {"family": "consistency"} if stock else {"boundary": boundary}
+    pipeline = ConsistencyPipeline(build_unet(**config), ConsistencyScheduler.from_teacher(scheduler, **how))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images(pipeline, **arguments):
+    return pipeline(batch_size=3, latents=NOISE, output_type="np", **arguments).images
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_consistency_student_is_stock_to_the_bit(classes, tmp_path, capfd):
+    pipeline = student(diffusers.EDMEulerScheduler(), stock=True, num_class_embeds=classes)
+    assert export_to_diffusers(pipeline, tmp_path) is diffusers.ConsistencyModelPipeline
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    assert "were passed to" not in capfd.readouterr().err  # unknown keys of the config
+    labels = {"class_labels": 2} if classes else {}
+    for arguments in ({"num_inference_steps": 1}, {"timesteps": [22, 0], "num_inference_steps": None}):
+        generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+        stock_images = images(stock, generator=generators[0], **labels, **arguments)
+        np.testing.assert_array_equal(images(pipeline, generator=generators[1], **labels, **arguments), stock_images)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, tmp_path):
+    pipeline = student(diffusers.DDPMScheduler(prediction_type=prediction_type), boundary="lcm")
+    assert export_to_diffusers(pipeline, tmp_path) is diffusers.DDPMPipeline
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock.scheduler) is diffusers.LCMScheduler
+    stock.set_progress_bar_config(disable=True)
+    stock.unet.register_forward_pre_hook(lambda module, arguments: (NOISE, *arguments[1:]))
+    theirs = stock(batch_size=3, num_inference_steps=1, output_type="np").images
+    # Its own noise goes into the small skip term only.
+    np.testing.assert_allclose(images(pipeline, num_inference_steps=1), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: student(), "its family is 'vp' and its boundary 'euler'"),
+        (lambda: student(diffusers.FlowMatchEulerDiscreteScheduler()), "its family is 'flow'"),
+        (lambda: student(boundary="lcm", num_class_embeds=5), "DDPMPipeline passes no class labels"),
+    ],
+)
+def test_what_is_not_stock_is_refused_with_the_reason(make, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        export_to_diffusers(make(), tmp_path)
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_onnxruntime_draws_the_same_images(classes, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pipeline = student(num_class_embeds=classes)
+    session = onnxruntime.InferenceSession(str(export_to_onnx(pipeline, tmp_path)))
+    for count in (1, 3):
+        labels = np.arange(count, dtype=np.int64)
+        inputs = {"noise": NOISE[:count].numpy()} | ({"class_labels": labels} if classes else {})
+        (found,) = session.run(["images"], inputs)
+        expected = pipeline(
+            batch_size=count, latents=NOISE[:count], output_type="pt", class_labels=labels if classes else None
+        ).images
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_the_command_exports(tmp_path, capsys):
+    student(boundary="lcm").save_pretrained(tmp_path / "student")
+    main(["export", str(tmp_path / "student"), str(tmp_path / "stock")])
+    assert "loads with diffusers.DDPMPipeline" in capsys.readouterr().out
+    code = (
+        "import sys\nsys.modules['cm_diffusers'] = None\nfrom diffusers import DiffusionPipeline\n"
+        f"print(DiffusionPipeline.from_pretrained({str(tmp_path / 'stock')!r})(num_inference_steps=2).images[0].size)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "(8, 8)", result.stderr
+    pytest.importorskip("onnxruntime")
+    main(["export", str(tmp_path / "student"), str(tmp_path / "onnx"), "--format", "onnx"])
+    assert (tmp_path / "onnx" / "model.onnx").exists()
