@@ -149,9 +149,9 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         Args:
             scheduler (`SchedulerMixin`): the teacher's scheduler, of any supported class.
             overrides: any argument of [`ConsistencyScheduler`]. Without them the range of sigma is
-                [max(0.002, teacher's lowest), min(80, teacher's highest)] (all of the teacher's for the boundary `lcm`,
-                as `LCMScheduler` has it) and the boundary is `edm` for EDM and
-                consistency teachers, `euler` for all others.
+                [max(0.002, teacher's lowest), min(80, teacher's highest)], or all of the teacher's for the boundary
+                `lcm`, as `LCMScheduler` has it; and the boundary is `edm` for EDM and consistency teachers, `euler`
+                for all others.
 
         Raises:
             `ValueError`: if the scheduler is not supported, or a range of sigma outside the teacher's is asked for.
