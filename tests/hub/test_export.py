@@ -51,7 +51,7 @@ def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, tmp
     stock.set_progress_bar_config(disable=True)
     monkeypatch.setattr(sys.modules[diffusers.DDPMPipeline.__module__], "randn_tensor", lambda *_, **__: NOISE.clone())
     theirs = stock(batch_size=3, num_inference_steps=1, output_type="np").images
-    np.testing.assert_allclose(images(pipeline, num_inference_steps=1), theirs, atol=2e-3)  # epsilon is multiplied by 157
+    np.testing.assert_allclose(images(pipeline, num_inference_steps=1), theirs, atol=2e-3)  # of an epsilon times 157
 
 
 @pytest.mark.parametrize(
