@@ -63,7 +63,12 @@ def precision(accelerator: Accelerator) -> str:
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """Close trackers, and the processes' connections."""
+    """Close trackers, and the processes' connections. Called by all processes.
+
+    gloo's threads let go of the tensors of an exchange a moment after it has ended, and abort a process whose
+    interpreter is already shutting down. A barrier, which has no tensors, gives them that moment.
+    """
+    accelerator.wait_for_everyone()
     if uses_zero(accelerator):
         zero.disconnect()
     accelerator.end_training()
