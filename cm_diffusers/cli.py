@@ -1,4 +1,4 @@
-"""The `cm-diffusers` command: `distill`, `train`, `sample` and `doctor`."""
+"""The `cm-diffusers` command: `distill`, `train`, `sample`, `import` and `doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = {
     "distill": "Distil a pretrained diffusers UNet into a one-step student (consistency distillation).",
     "train": "Train a one-step network on data alone (consistency training).",
     "sample": "Draw images from a student.",
+    "import": "Turn a published checkpoint of OpenAI (.pt) or NVlabs (.pkl) into a diffusers pipeline.",
     "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
 }
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(given[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    run = {"distill": distill, "train": train, "sample": sample, "doctor": doctor}[command]
+    run = {"distill": distill, "train": train, "sample": sample, "import": import_, "doctor": doctor}[command]
     try:
         run(given[1:])
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
@@ -156,6 +157,27 @@ def sample(arguments: Sequence[str]) -> None:
         _save_image(image, folder / f"{index:05d}.png")
     save_grid(images, folder / "grid.png")
     print(f"{len(images)} images in {folder}, all of them in {folder / 'grid.png'}")
+
+
+def import_(arguments: Sequence[str]) -> None:
+    """`cm-diffusers import`: a folder that is a teacher, or a student to sample from."""
+    parser = _Parser(prog="cm-diffusers import", description=USAGE["import"], allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="FILE", help="cd_*.pt, ct_*.pt, edm_*.pt or edm-*.pkl; not executed")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="where the pipeline goes")
+    parser.add_argument("--kind", choices=("cd", "ct", "edm"), help="what it is; by default the file's name says")
+    parser.add_argument("--image_size", type=int, help="pixels; like all below, known for published models")
+    parser.add_argument("--attention_head_dim", type=int, help="channels of an attention head")
+    parser.add_argument("--qkv_order", choices=("new", "legacy"), help="OpenAI's use_new_attention_order: on or off")
+    parser.add_argument("--num_train_timesteps", type=int, help="noise levels a consistency model was trained on")
+    options = vars(parser.parse_args(arguments))
+
+    from cm_diffusers.importing import import_checkpoint
+
+    folder, path = options.pop("output_dir"), options.pop("checkpoint")
+    pipeline = import_checkpoint(path, **options)
+    pipeline.save_pretrained(folder)
+    use = "sample" if type(pipeline).__name__ == "ConsistencyPipeline" else "distill --teacher"
+    print(f"Saved to {folder}. Use it with: cm-diffusers {use} {folder}")
 
 
 def _draw(options: argparse.Namespace) -> Any:
