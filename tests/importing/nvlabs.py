@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from openai_unet import sinusoids
+from openai_unet import randomise, sinusoids
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -247,8 +247,6 @@ class SongUNet(DhariwalUNet):
 def build(size: int = 8, precond: type[EDMPrecond] = EDMPrecond, model: type[DhariwalUNet] = DhariwalUNet,
           channels: int = 3, label_dim: int = 0, **config: Any) -> EDMPrecond:  # fmt: skip
     """A network as NVlabs nests them, with random weights."""
-    from openai_unet import randomise
-
     unet = model(size, channels, label_dim, **config)
     network = randomise(precond(unet, size, channels, label_dim))
     assert isinstance(network, EDMPrecond)
