@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from cm_diffusers import __version__
 from cm_diffusers.commands.options import USAGE
 
-# Which module of `cm_diffusers.commands` holds the function of a command.
-MODULES = {
-    "distill": "training",
-    "train": "training",
-    "doctor": "training",
-    "sample": "sampling",
-    "evaluate": "evaluation",
-    "push": "publishing",
-    "export": "publishing",
+# The function of each command, in `cm_diffusers.commands`.
+FUNCTIONS = {
+    "distill": "training.distill",
+    "train": "training.train",
+    "doctor": "training.doctor",
+    "sample": "sampling.sample",
+    "evaluate": "evaluation.evaluate",
+    "push": "publishing.push",
+    "export": "publishing.export",
+    "import": "importing.import_",
 }
 
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(given[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    run = getattr(importlib.import_module(f"cm_diffusers.commands.{MODULES[command]}"), command)
+    module, function = FUNCTIONS[command].split(".")
+    run = getattr(importlib.import_module(f"cm_diffusers.commands.{module}"), function)
     try:
         run(given[1:])
     except (ValueError, TypeError, ImportError, FloatingPointError, OSError) as error:

@@ -32,12 +32,13 @@ VP_SCHEDULERS = frozenset(
     DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler""".split()
 )
 EDM_SCHEDULERS = frozenset({"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"})
+SCALED_TIME_SCHEDULER = "ScaledTimeEDMScheduler"  # this package's own, see `schedulers.scheduling_edm`
 FLOW_SCHEDULERS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
 SUPPORTED_SCHEDULERS = (
     VP_SCHEDULERS
     | EDM_SCHEDULERS
     | FLOW_SCHEDULERS
-    | {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler"}
+    | {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler", SCALED_TIME_SCHEDULER}
 )
 
 
@@ -151,11 +152,15 @@ class VPPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class EDMPreconditioning(Preconditioning):
-    """EDM networks (Karras et al. 2022, table 1). `sign` is -1 for networks that predict the negative of F."""
+    """EDM networks (Karras et al. 2022, table 1).
+
+    `sign` is -1 for networks that predict the negative of F; `time_scale` is a factor on their time `ln(sigma) / 4`.
+    """
 
     sigma_range: tuple[float, float] = (0.002, 80.0)
     sigma_data: float = 0.5
     sign: float = 1.0
+    time_scale: float = 1.0
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) ** 0.5
@@ -165,10 +170,10 @@ class EDMPreconditioning(Preconditioning):
         return c_skip, self.sign * sigma * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        return _double(sigma).log() / 4
+        return self.time_scale / 4 * _double(sigma).log()
 
     def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
-        return (4 * _double(timestep)).exp()
+        return (4 / self.time_scale * _double(timestep)).exp()
 
 
 @dataclass(frozen=True)
@@ -408,12 +413,12 @@ def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
         return {"family": "flow", "num_train_timesteps": config.get("num_train_timesteps", 1000)}
     if name in VP_SCHEDULERS:
         return _describe_vp(name, config)
-    if name in EDM_SCHEDULERS:
+    if name in EDM_SCHEDULERS or name == SCALED_TIME_SCHEDULER:
         _check_prediction_type(name, prediction_type, ("epsilon", "v_prediction"))
         return {
             "family": "edm",
             "prediction_type": prediction_type,
-            **_pick(config, "sigma_min sigma_max sigma_data rho"),
+            **_pick(config, "sigma_min sigma_max sigma_data rho time_scale"),
         }
     if name == "CMStochasticIterativeScheduler":
         return {"family": "consistency", **_pick(config, "num_train_timesteps sigma_min sigma_max sigma_data rho")}
@@ -421,8 +426,8 @@ def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NETWORK_FIELDS = (
-    "family prediction_type num_train_timesteps sigma_min sigma_max sigma_data rho beta_start beta_end beta_schedule "
-    "trained_betas rescale_betas_zero_snr image_range"
+    "family prediction_type num_train_timesteps sigma_min sigma_max sigma_data rho time_scale beta_start beta_end "
+    "beta_schedule trained_betas rescale_betas_zero_snr image_range"
 ).split()
 BETA_FIELDS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
 
@@ -476,7 +481,8 @@ def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
     if family == "edm":
         prediction_type = fields.get("prediction_type") or "epsilon"
         _check_prediction_type("A network of family 'edm'", prediction_type, ("epsilon", "v_prediction"))
-        return EDMPreconditioning(sigma_range, sigma_data, -1.0 if prediction_type == "v_prediction" else 1.0)
+        sign = -1.0 if prediction_type == "v_prediction" else 1.0
+        return EDMPreconditioning(sigma_range, sigma_data, sign, fields.get("time_scale") or 1.0)
     if family == "consistency":
         return CMPreconditioning(sigma_range, sigma_data)
     if family == "ve":

@@ -34,6 +34,7 @@ from cm_diffusers.preconditioning import (
     BOUNDARIES,
     EDM_SCHEDULERS,
     FLOW_SCHEDULERS,
+    SCALED_TIME_SCHEDULER,
     SUPPORTED_SCHEDULERS,
     VP_SCHEDULERS,
     Boundary,
@@ -412,7 +413,7 @@ def test_every_other_scheduler_is_read_as_its_family(names: set[str], family: ty
 
 
 def test_every_supported_scheduler_is_tested_here() -> None:
-    others = {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler"}
+    others = {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler", SCALED_TIME_SCHEDULER}
     assert SUPPORTED_SCHEDULERS == VP_SCHEDULERS | EDM_SCHEDULERS | FLOW_SCHEDULERS | others
 
 

@@ -68,6 +68,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         prediction_type (`str`, *optional*): what a `vp` or `edm` network predicts, in diffusers' terms.
         boundary (`str`): `"edm"`, `"euler"` or `"lcm"`, see [`~cm_diffusers.preconditioning.Boundary`].
         timestep_scaling (`float`): sharpness of the `lcm` boundary.
+        time_scale (`float`): factor on the time `ln(sigma) / 4` of an `edm` network.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the betas of a `vp` network, with
             the meaning they have in `DDPMScheduler`.
         image_range (`list[float]`): the values between which images lie.
@@ -102,6 +103,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         image_range: Sequence[float] = (-1.0, 1.0),
         few_step_sigmas: dict[str, list[float]] | None = None,
         num_levels: int | None = None,
+        time_scale: float = 1.0,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -163,7 +165,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         overrides = {key: value for key, value in overrides.items() if value is not None}
         own_grid = fields["family"] in GRID_FAMILIES
         if overrides.get("family", fields["family"]) != fields["family"]:
-            fields.pop("prediction_type", None)  # says nothing of another family
+            for name in ("prediction_type", "time_scale"):  # say nothing of another family
+                fields.pop(name, None)
         if overrides.get("boundary") == "lcm":
             overrides.setdefault("sigma_min", low)
             overrides.setdefault("sigma_max", high)  # where LCMScheduler starts

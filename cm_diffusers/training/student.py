@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cm_diffusers.preconditioning import CMPreconditioning, EDMPreconditioning, read_preconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler
 
+STOCK_TIME_SCALE = 1000.0  # an EDM network with `time_scale` 1000 already has a consistency network's time
+
 
 def make_student(
     unet: nn.Module, scheduler: Any, convert: bool, **overrides: Any
@@ -21,7 +23,7 @@ def make_student(
     - A predicted variance is cut off: consistency functions have none.
     - An EDM network becomes a stock consistency network, which diffusers itself can run: the sign of its output is
       folded into the last layer, and its time embedding is refitted to the other time (exact up to a small error that
-      training removes).
+      training removes) unless it has that time already.
     - With `convert`, a VP network that predicts epsilon becomes one that predicts v. Its weights have to be trained
       for that by a [`~cm_diffusers.training.objectives.conversion.ConversionObjective`].
 
@@ -39,7 +41,8 @@ def make_student(
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")
     if isinstance(preconditioning, EDMPreconditioning) and becomes_stock:
         student_scheduler = ConsistencyScheduler.from_teacher(scheduler, family="consistency", **overrides)
-        refit_time_embedding(student, preconditioning, student_scheduler.preconditioning)
+        if preconditioning.time_scale != STOCK_TIME_SCALE:
+            refit_time_embedding(student, preconditioning, student_scheduler.preconditioning)
         if preconditioning.sign < 0:
             flip_sign(student)
         return student, student_scheduler
