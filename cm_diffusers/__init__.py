@@ -11,12 +11,14 @@ _MODULES = {
     "ConsistencyScheduler": "cm_diffusers.schedulers",
     "ConsistencySchedulerOutput": "cm_diffusers.schedulers",
     "ConsistencyPipeline": "cm_diffusers.pipelines",
+    "ConsistencyInpaintPipeline": "cm_diffusers.pipelines",
     "ConsistencyConfig": "cm_diffusers.training",
     "ConsistencyTrainer": "cm_diffusers.training",
 }
 __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
+    from cm_diffusers.pipelines import ConsistencyInpaintPipeline as ConsistencyInpaintPipeline
     from cm_diffusers.pipelines import ConsistencyPipeline as ConsistencyPipeline
     from cm_diffusers.schedulers import ConsistencyScheduler as ConsistencyScheduler
     from cm_diffusers.schedulers import ConsistencySchedulerOutput as ConsistencySchedulerOutput

@@ -20,6 +20,7 @@ FUNCTIONS = {
     "evaluate": "evaluation.evaluate",
     "push": "publishing.push",
     "export": "publishing.export",
+    "demo": "demo.demo",
     "import": "importing.import_",
 }
 

@@ -13,6 +13,7 @@ USAGE = {
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
     "push": "Publish a student on the Hub, with a model card made of its run and its evaluation.",
     "export": "Write a student for stock diffusers or as ONNX.",
+    "demo": "Open a page in the browser: sample, edit, and see the teacher beside the student.",
     "import": "Turn a published checkpoint of OpenAI (.pt) or NVlabs (.pkl) into a diffusers pipeline.",
     "doctor": "Say what a run would meet on this machine: versions, teacher, dataset, memory, speed.",
 }

@@ -35,18 +35,21 @@ class Sampler:
 
 
 def student_sampler(
-    pipeline: ConsistencyPipeline, nfe: int, guidance_scale: float = 1.0, name: str = "student"
-) -> Sampler:
+    pipeline: ConsistencyPipeline, nfe: int, guidance_scale: float = 1.0, class_label: int | None = None,
+    name: str = "student",
+) -> Sampler:  # fmt: skip
     """Multistep consistency sampling in `nfe` steps, at the noise levels stored with the student if there are any.
 
     Args:
         pipeline ([`ConsistencyPipeline`]): on its device.
         nfe (`int`): steps.
         guidance_scale (`float`): of a class-conditional student; doubles the evaluations where it is not 1.
+        class_label (`int`, *optional*): the class of all images; all classes in turn when `None`.
     """
 
     def draw(seeds: Sequence[int]) -> Tensor:
-        labels = class_labels(pipeline.unet.config.num_class_embeds, pipeline.config.null_class_label, seeds)
+        null = pipeline.config.null_class_label
+        labels = class_labels(pipeline.unet.config.num_class_embeds, null, seeds, class_label)
         images = pipeline(
             batch_size=len(seeds), class_labels=labels, num_inference_steps=nfe, guidance_scale=guidance_scale,
             generator=generators(seeds), output_type="pt",
@@ -60,7 +63,8 @@ def student_sampler(
 
 def teacher_sampler(
     teacher: Teacher, nfe: int, solver: str = "heun", sigma_min: float | None = None, sigma_max: float | None = None,
-    guidance_scale: float = 1.0, null_class_label: int | None = None, name: str = "teacher",
+    guidance_scale: float = 1.0, null_class_label: int | None = None, class_label: int | None = None,
+    name: str = "teacher",
 ) -> Sampler:  # fmt: skip
     """The probability-flow ODE of a teacher on a Karras grid (Karras et al. 2022, algorithm 1), deterministic.
 
@@ -70,6 +74,8 @@ def teacher_sampler(
         solver (`str`): `"heun"`, or `"euler"`, which is DDIM.
         sigma_min, sigma_max (`float`, *optional*): the grid's ends; by default as far as the teacher goes, but no
             further than 0.002 and 80.
+        guidance_scale (`float`): classifier-free guidance, which needs `null_class_label`.
+        class_label (`int`, *optional*): the class of all images; all classes in turn when `None`.
 
     Raises:
         `ValueError`: for another solver, or an `nfe` that it cannot have.
@@ -96,7 +102,7 @@ def teacher_sampler(
         weight = next(teacher.unet.parameters())
         noise = torch.stack([torch.randn(config.in_channels, *size, generator=g) for g in generators(seeds)])
         sample = noise.to(weight.device) * sigmas[0].to(noise)
-        labels = class_labels(config.num_class_embeds, null_class_label, seeds)
+        labels = class_labels(config.num_class_embeds, null_class_label, seeds, class_label)
         conditioning = {} if labels is None else {"class_labels": torch.tensor(labels, device=weight.device)}
         return eight_bits(
             integrate(denoise, sample, sigmas, SOLVERS[solver], **conditioning), teacher.preconditioning.image_range
@@ -106,10 +112,14 @@ def teacher_sampler(
     return Sampler(name, description, nfe * (1 + guided), draw)
 
 
-def class_labels(num_classes: int | None, null_class_label: int | None, seeds: Sequence[int]) -> list[int] | None:
-    """Classes in turn, so that all have the same share; without the one that stands for none."""
+def class_labels(
+    num_classes: int | None, null_class_label: int | None, seeds: Sequence[int], only: int | None = None
+) -> list[int] | None:
+    """Classes in turn, so that all have the same share, without the one that stands for none; or `only` one."""
     if num_classes is None:
         return None
+    if only is not None:
+        return [only] * len(seeds)
     classes = [label for label in range(num_classes) if label != null_class_label]
     return [classes[seed % len(classes)] for seed in seeds]
 

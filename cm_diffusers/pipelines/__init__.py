@@ -1,3 +1,4 @@
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.pipelines.pipeline_consistency_inpaint import ConsistencyInpaintPipeline
 
-__all__ = ["ConsistencyPipeline"]
+__all__ = ["ConsistencyInpaintPipeline", "ConsistencyPipeline"]

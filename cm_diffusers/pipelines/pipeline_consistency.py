@@ -16,6 +16,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from cm_diffusers.pipelines.known import Known
 from cm_diffusers.preconditioning import network_output
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
 
@@ -134,27 +135,50 @@ class ConsistencyPipeline(DiffusionPipeline):
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, guidance_scale)
-        device = self._execution_device
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        latents = self.prepare_latents(batch_size, height, width, self._execution_device, generator, latents)
+        class_labels = self.prepare_class_labels(batch_size, self._execution_device, class_labels, generator)
+        latents = self._denoise(
+            latents, class_labels, guidance_scale, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        return self._output(latents, output_type, return_dict)
+
+    def _set_timesteps(
+        self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    ) -> None:
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None
+        device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas)
-        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
-        class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        class_labels: Tensor | None,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None,
+        tensor_inputs: Sequence[str],
+        known: Known | None = None,
+    ) -> Tensor:
+        """Step through the scheduler's levels. What is `known` of the image is put back after each jump to it."""
         conditioning = self._conditioning(class_labels, guidance_scale)
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt = False
-
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
                 model_output = self._predict(latents, t, conditioning, guidance_scale)
-                latents = self.scheduler.step(model_output, t, latents, generator, return_dict=False)[0]
+                noisier, denoised = self.scheduler.step(model_output, t, latents, generator, return_dict=False)
+                latents = noisier if known is None else noisier + (known.put_back(denoised) - denoised)
                 if callback_on_step_end is not None:
-                    tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
+        return latents if known is None else known.put_back(latents)
 
+    def _output(self, latents: Tensor, output_type: str | None, return_dict: bool) -> ImagePipelineOutput | tuple:
         image = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
@@ -175,6 +199,12 @@ class ConsistencyPipeline(DiffusionPipeline):
             class_labels = torch.cat([class_labels, null])
         return {"class_labels": class_labels}
 
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int | None, int | None]:
+        """Height and width in pixels: those given, otherwise the model's own, `None` where it has none."""
+        size = self.unet.config.sample_size
+        default_height, default_width = (size, size) if isinstance(size, int) or size is None else size
+        return height or default_height, width or default_width
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -185,9 +215,7 @@ class ConsistencyPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
     ) -> Tensor:
         """The first state: unit-variance noise, drawn or given, times `init_noise_sigma`."""
-        size = self.unet.config.sample_size
-        default_height, default_width = (size, size) if isinstance(size, int) or size is None else size
-        height, width = height or default_height, width or default_width
+        height, width = self.image_size(height, width)
         if latents is not None:
             height, width = height or latents.shape[-2], width or latents.shape[-1]
         if height is None or width is None:
@@ -288,6 +316,7 @@ class ConsistencyPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)  # a folder of this machine
         if index.get("null_class_label") is None:
             index.pop("null_class_label", None)
+        index["_class_name"] = ConsistencyPipeline.__name__  # whichever way of sampling saved it
         if self.scheduler.is_stock:
             index["_class_name"] = ConsistencyModelPipeline.__name__
             index["scheduler"] = ["diffusers", STOCK_CLASS]
