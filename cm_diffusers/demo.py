@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cm_diffusers.evaluation.sampling import Sampler, student_sampler, teacher_sampler
 from cm_diffusers.pipelines import ConsistencyInpaintPipeline, ConsistencyPipeline
@@ -69,13 +69,13 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
             draw = gradio.Button("Draw", variant="primary", elem_id="draw")
             with gradio.Row():
                 with gradio.Column():
-                    ours = gradio.Gallery(label="Student", elem_id="student", columns=4)
+                    ours = gradio.Gallery(label="Student", elem_id="student", columns=4, height="auto")
                     our_time = gradio.Markdown(elem_id="student-time")
                 with gradio.Column(visible=teacher is not None):
                     evaluations = gradio.Slider(
                         1, 79, value=TEACHER_NFES, step=2, label="Teacher's evaluations", elem_id="teacher-nfe"
                     )
-                    theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=4)
+                    theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=4, height="auto")
                     their_time = gradio.Markdown(elem_id="teacher-time")
 
         def of_student(steps: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
@@ -104,8 +104,10 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
         seed = gradio.Number(0, precision=0, label="Seed", elem_id="edit-seed")
         label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="edit-class")
     with gradio.Row():
-        brush = gradio.Brush(default_size="auto", colors=["#ffffff"], color_mode="fixed")
-        canvas = gradio.ImageMask(label="Paint what to repaint", type="pil", brush=brush, elem_id="canvas")
+        brush = gradio.Brush(default_size="auto", colors=["#ff7a00"], color_mode="fixed")
+        canvas = gradio.ImageMask(
+            label="Paint what to repaint", type="pil", format="png", brush=brush, elem_id="canvas"
+        )
         result = gradio.Image(label="Result", type="pil", format="png", elem_id="result")
     with gradio.Row():
         sample = gradio.Button("Draw a picture", elem_id="edit-draw")
@@ -117,12 +119,15 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
     def edit(canvas: dict[str, Any] | None, steps: float, seed: float, label: int | None) -> Image.Image:
         if canvas is None or canvas["background"] is None:
             raise gradio.Error("Load a picture first, or draw one.")
+        height, width = pipeline.image_size()
+        image, mask = read_canvas(canvas, (width or SHOWN_PIXELS, height or SHOWN_PIXELS))
+        if mask.getbbox() is None:
+            raise gradio.Error("Paint over what shall change first.")
         generator = torch.Generator().manual_seed(int(seed))
-        return enlarge(
-            pipeline(
-                *read_canvas(canvas), num_inference_steps=int(steps), class_labels=label, generator=generator
-            ).images[0]
-        )
+        repainted = pipeline(
+            image, mask, num_inference_steps=int(steps), class_labels=label, generator=generator
+        ).images  # fmt: skip
+        return enlarge(repainted[0])
 
     sample.click(draw_one, [seed, label], canvas, api_name="draw_one")
     repaint.click(edit, [canvas, steps, seed, label], result, api_name="edit")
@@ -143,7 +148,8 @@ def draw_timed(sampler: Sampler, seed: int, count: int) -> tuple[list[Image.Imag
     start = time.perf_counter()
     images = draw_images(sampler, range(seed, seed + count))
     milliseconds = (time.perf_counter() - start) * 1000 / count
-    return [enlarge(image) for image in images], f"{sampler.nfe} evaluations, {milliseconds:.1f} ms per image"
+    evaluations = f"{sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"
+    return [enlarge(image) for image in images], f"{evaluations}, {milliseconds:.1f} ms per image"
 
 
 def enlarge(image: Image.Image) -> Image.Image:
@@ -152,17 +158,20 @@ def enlarge(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def read_canvas(canvas: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+def read_canvas(canvas: dict[str, Any], size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
     """The picture under the paint, and the paint as a mask: white where there is some.
 
     Args:
         canvas (`dict`): the value of a `gradio.ImageMask` of PIL images: `background` and `layers`.
+        size (`tuple[int, int]`): width and height of the two, cut to that shape. A picture that was enlarged by
+            [`enlarge`] gets back its own pixels.
     """
     picture: Image.Image = canvas["background"].convert("RGB")
     painted = np.zeros(picture.size[::-1], dtype=bool)
     for layer in canvas["layers"]:
         painted |= np.asarray(layer.convert("RGBA"))[..., 3] > 0
-    return picture, Image.fromarray(painted.astype(np.uint8) * 255)
+    mask = Image.fromarray(painted.astype(np.uint8) * 255)
+    return ImageOps.fit(picture, size, Image.Resampling.BOX), ImageOps.fit(mask, size, Image.Resampling.BOX)
 
 
 # As a Space ----------------------------------------------------------------------------------------------------------
