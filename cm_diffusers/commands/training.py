@@ -95,4 +95,9 @@ def _parse_value(name: str, text: str) -> Any:
 
     if text.lower() in ("none", "null"):
         return None if name != "tracker" else "none"
-    return text if _kinds(name)[0] is str or "Literal" in str(_kinds(name)[0]) else yaml.safe_load(text)
+    if _kinds(name)[0] is str or "Literal" in str(_kinds(name)[0]):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{name}` cannot be read from {text!r}.") from error
