@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MOST_STEPS = 16
 MOST_IMAGES = 16
 TEACHER_NFES = 35
+# Visitors share the models, and a scheduler knows of one run only.
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 SHOWN_PIXELS = 256  # small images are enlarged by a whole factor up to about this
 
 
@@ -87,9 +89,14 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
             sampler = teacher_sampler(teacher, int(nfe), null_class_label=null, class_label=label)
             return draw_timed(sampler, int(seed), int(count))
 
-        shown = draw.click(of_student, [steps, count, seed, label], [ours, our_time], api_name="sample")
+        shown = draw.click(
+            of_student, [steps, count, seed, label], [ours, our_time], api_name="sample", **ONE_AT_A_TIME
+        )
         if teacher is not None:
-            shown.then(of_teacher, [evaluations, count, seed, label], [theirs, their_time], api_name="teacher")
+            shown.then(
+                of_teacher, [evaluations, count, seed, label], [theirs, their_time], api_name="teacher",
+                **ONE_AT_A_TIME,
+            )  # fmt: skip
         with gradio.Tab("Edit"):
             _editing(gradio, student, classes, most_steps)
     return page
@@ -129,8 +136,8 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
         ).images  # fmt: skip
         return enlarge(repainted[0])
 
-    sample.click(draw_one, [seed, label], canvas, api_name="draw_one")
-    repaint.click(edit, [canvas, steps, seed, label], result, api_name="edit")
+    sample.click(draw_one, [seed, label], canvas, api_name="draw_one", **ONE_AT_A_TIME)
+    repaint.click(edit, [canvas, steps, seed, label], result, api_name="edit", **ONE_AT_A_TIME)
 
 
 def _classes(student: ConsistencyPipeline) -> list[int]:
