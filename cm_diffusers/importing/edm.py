@@ -152,7 +152,7 @@ def _check_block(block: PickledModule) -> None:
             raise ValueError(f"A block resamples with the filter {kernel.tolist()}, not with [1, 1].")
         if conv.attributes.get("fused_resample"):
             raise ValueError("A block has `fused_resample=True`, which a UNet2DModel has not.")
-    if _changes_resolution(block) and "weight" in block.children["skip"].tensors:
+    if _changes_resolution(block) and "weight" in block.child("skip").tensors:
         raise ValueError(f"A block has `resample_proj=True`: {REASONS['SongUNet']}.")
 
 

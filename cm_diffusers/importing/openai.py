@@ -142,6 +142,8 @@ def _config(weights: Mapping[str, Tensor], architecture: Architecture, traits: T
 def _check(architecture: Architecture, traits: Traits, conv_in: Tensor, time_layer: Tensor, conv_out: Tensor) -> None:
     """Refuse what a `UNet2DModel` would compute otherwise."""
     widths, head_dim = architecture.widths, traits.attention_head_dim
+    if (conv_in.ndim, time_layer.ndim, conv_out.ndim) != (4, 2, 4):
+        raise ValueError("The first and the last layer must be convolutions of images, the time embedding's linear.")
     if traits.qkv_order not in QKV_ORDERS:
         raise ValueError(f"`qkv_order` must be one of {', '.join(QKV_ORDERS)}, got {traits.qkv_order!r}.")
     factor = 2 ** (len(widths) - 1)

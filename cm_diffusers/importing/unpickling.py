@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch.load(weights_only=True) could be made to run code before this version (CVE-2025-32434).
-SAFE_TORCH = "2.6"
+# torch.load(weights_only=True) could be made to run code before this version (CVE-2025-32434, CVE-2026-24747).
+SAFE_TORCH = "2.10"
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -33,7 +33,11 @@ NUMPY = (
     "numpy._core.numeric._frombuffer"
 ).split()
 INERT = frozenset((PERSISTENT, PARAMETER, TENSOR, STORAGE, *CONTAINERS, *NUMPY))
-MAPPINGS = {"collections.OrderedDict": collections.OrderedDict, "dnnlib.util.EasyDict": dict}
+PLAIN = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "dnnlib.util.EasyDict": dict,
+    "builtins.set": set,
+}
 
 
 class _Fixed(type):
@@ -76,9 +80,9 @@ class _Unpickler(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if full_name in INERT:
             return _Fixed("Record", (Record,), {"__slots__": (), "global_name": full_name})
-        if full_name not in MAPPINGS:
+        if full_name not in PLAIN:
             raise ValueError(f"it asks for `{full_name}`, which no network that can be imported needs")
-        return MAPPINGS[full_name]
+        return PLAIN[full_name]
 
 
 @dataclass
@@ -125,9 +129,13 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         loaded = _load_weights(file, str(path))
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a state dict, found an object of type {type(loaded).__name__}.")
-    others = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if not all(isinstance(name, str) for name in loaded):
+        raise ValueError(f"{path} must hold a state dict, found names that are no text.")
+    others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{path} must hold a state dict of tensors alone; not tensors: {', '.join(others[:5])}.")
+    for name, tensor in loaded.items():
+        _check_weight(tensor, f"{path}: {name}")
     return dict(loaded)
 
 
@@ -145,21 +153,29 @@ def load_pickled_network(path: str | os.PathLike, key: str = "ema") -> PickledMo
         try:
             loaded = _Unpickler(file).load()
             if isinstance(loaded, dict) and key in loaded:
-                return _read_module(loaded[key])
+                return _read_module(loaded[key], set())
         except (OSError, MemoryError):
             raise
         except Exception as error:  # a hostile or torn pickle makes its reader fail in any way
             raise ValueError(f"{path} cannot be read as a pickled network: {error}.") from error
-    found = f"a dict of {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
+    found = f"a {type(loaded).__name__}"
+    if isinstance(loaded, dict):
+        found = f"a dict of {', '.join([name for name in loaded if isinstance(name, str)][:5])}"
     raise ValueError(f"{path} must hold a dict with a network under {key!r}, found {found}.")
 
 
-def _read_module(record: Any) -> PickledModule:
+def _read_module(record: Any, seen: set[int]) -> PickledModule:
+    """The module of a record. None may be found twice: so nested, a few bytes would stand for any number of them."""
     if not isinstance(record, Record) or record.name not in (PERSISTENT, *CONTAINERS):
         raise ValueError(f"a module was expected, found a {getattr(record, 'name', type(record).__name__)}")
+    if id(record) in seen:
+        raise ValueError("a module is in two places")
+    seen.add(id(record))
     if record.name == PERSISTENT:
         (meta,) = record.arguments
-        class_name, state = str(meta["class_name"]), dict(meta["state"])
+        class_name, state = meta["class_name"], dict(meta["state"])
+        if not isinstance(class_name, str):
+            raise ValueError(f"the name of a class is a {type(class_name).__name__}")
     else:
         class_name, state = record.name.split(".")[-1], dict(record.state)
     tensors = {**state.pop("_parameters"), **state.pop("_buffers")}
@@ -168,7 +184,7 @@ def _read_module(record: Any) -> PickledModule:
         class_name,
         state,
         {name: _read_tensor(value) for name, value in tensors.items() if value is not None},
-        {name: _read_module(child) for name, child in children.items() if child is not None},
+        {name: _read_module(child, seen) for name, child in children.items() if child is not None},
     )
 
 
@@ -186,7 +202,17 @@ def _read_tensor(record: Any) -> Tensor:
     if not isinstance(values, torch.TypedStorage):
         raise ValueError(f"the storage of a tensor is a {type(values).__name__}")
     flat = torch.empty(0, dtype=values.dtype).set_(values)  # type: ignore[call-overload]
-    return flat.as_strided(tuple(size), tuple(stride), offset)  # refuses to leave the storage
+    tensor = flat.as_strided(tuple(size), tuple(stride), offset)  # refuses to leave the storage
+    _check_weight(tensor, "a tensor")
+    return tensor
+
+
+def _check_weight(tensor: Tensor, name: str) -> None:
+    """Refuse what no network's weights are, and what would take more room than the file has."""
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+        raise ValueError(f"{name} is no weight but a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} repeats the same few values.")
 
 
 def _load_weights(file: Any, name: str) -> Any:

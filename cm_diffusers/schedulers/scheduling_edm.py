@@ -13,7 +13,8 @@ class ScaledTimeEDMScheduler(EDMEulerScheduler):
 
     OpenAI's EDM networks are given `250 ln sigma`, 1000 times EDM's `ln(sigma) / 4`. The first frequency of a
     `UNet2DModel`'s time embedding is always 1, so that no config or weight of the network can absorb the factor. All
-    else is EDM's, and as a teacher's scheduler it is read like EDM's.
+    else is EDM's, and as a teacher's scheduler it is read like EDM's. No other scheduler of diffusers knows of the
+    factor: one made from this one's config gives the network a wrong time.
 
     Args:
         time_scale (`float`): the factor.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def _load_pipeline(path: str, revision: str | None) -> Any:
         config = DiffusionPipeline.load_config(path, revision=revision)
         ours = config.get("_class_name") == ConsistencyPipeline.__name__
         loader = ConsistencyPipeline if ours else DiffusionPipeline
+        if "cm_diffusers" in str(config.get("scheduler")) and not Path(path).is_dir():
+            path, revision = ConsistencyPipeline.download(path, revision=revision), None  # diffusers' own refuses it
         pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load a pipeline with safetensors weights from {path!r}: {error}") from error

@@ -149,7 +149,35 @@ def test_attributes_and_weights_are_read(tmp_path) -> None:
     assert torch.equal(read, network.model.map_label.weight)
 
 
-@pytest.mark.parametrize("protocol", [4, 5])
+def test_few_bytes_do_not_stand_for_many_modules(tmp_path) -> None:
+    network = small_network()
+    for _ in range(40):
+        outer = small_network()
+        outer._modules.update(one=network, other=network)
+        network = outer
+    with pytest.raises(ValueError, match="a module is in two places"):
+        load_pickled_network(nvlabs.write_pickle(tmp_path / "edm.pkl", network))
+
+
+def test_messages_stay_short(tmp_path) -> None:
+    name: Any = "deep"
+    for _ in range(20):
+        name = (name, name)
+    for content in ({name: 1}, {"ema": nvlabs_module(name)}):
+        with pytest.raises(ValueError) as caught:
+            load_pickled_network(write(tmp_path / "edm.pkl", content))
+        assert len(str(caught.value)) < 500
+
+
+def nvlabs_module(class_name: Any) -> Any:
+    """A module whose class has that name."""
+    network = nvlabs.build()
+    pickled = network.__reduce__()
+    meta = {**pickled[1][0], "class_name": class_name}
+    return Call(pickled[0], meta)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_views_of_one_storage_are_read(protocol: int, tmp_path) -> None:
     network, values = small_network(), torch.arange(12.0)
     network.register_buffer("even", values[::2].reshape(3, 2))
@@ -176,6 +204,8 @@ def bytes_of(content: Any) -> Call:
         (tensor_of(bytes_of(torch.ones(4)), 0, (4,), (1,)), "storage of a tensor is a Tensor"),
         (tensor_of([1.0, 2.0], 0, (2,), (1,)), "no storage"),
         (5, "a tensor was expected, found a int"),
+        (tensor_of(bytes_of(torch.ones(1)._typed_storage()), 0, (10**9,), (0,)), "repeats the same few values"),
+        (tensor_of(bytes_of(torch.ones(1, dtype=torch.int64)._typed_storage()), 0, (1,), (1,)), "no weight but"),
     ],
 )
 def test_damaged_tensors_are_refused(tensor: Any, found: str, tmp_path) -> None:
@@ -206,6 +236,11 @@ def test_pickle_without_a_network_says_what_it_holds(content: Any, found: str, t
     [
         ({"state_dict": {"weight": torch.ones(1)}, "step": 3}, "not tensors: state_dict, step"),
         ([torch.ones(1)], "of type list"),
+        ({1: torch.ones(1)}, "no text"),
+        ({"w": torch.ones(1).expand(10**9)}, "w of shape .* repeats"),
+        ({"w": torch.ones(1, dtype=torch.complex64)}, "no weight but .*complex64"),
+        ({"w": torch.ones(1, dtype=torch.int32)}, "no weight but .*int32"),
+        ({"w": torch.ones(1, device="meta")}, "no weight but .*meta"),
     ],
 )
 def test_pt_file_without_a_state_dict_says_what_it_holds(content: Any, found: str, tmp_path) -> None:
@@ -238,6 +273,6 @@ def test_missing_file_is_an_os_error(tmp_path) -> None:
 
 def test_torch_that_does_not_keep_its_promise_is_refused(monkeypatch, tmp_path) -> None:
     torch.save({}, tmp_path / "cd_x.pt")
-    monkeypatch.setattr(unpickling.torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
-    with pytest.raises(ValueError, match="needs torch 2.6 or newer, found 2.5.1"):
+    monkeypatch.setattr(unpickling.torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    with pytest.raises(ValueError, match="needs torch 2.10 or newer, found 2.9.1"):
         load_state_dict(tmp_path / "cd_x.pt")

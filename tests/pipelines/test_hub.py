@@ -10,6 +10,7 @@ from conftest import build_unet
 from hub_server import serve
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+from cm_diffusers.schedulers import ScaledTimeEDMScheduler
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,8 @@ def hub(tmp_path_factory):
     ConsistencyPipeline(build_unet(), vp).save_pretrained(root / "me" / "ours")
     ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(root / "me" / "stock")
     diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(root / "me" / "teacher")
+    scaled = diffusers.ConsistencyModelPipeline(build_unet(), ScaledTimeEDMScheduler())
+    scaled.save_pretrained(root / "me" / "imported")
     with serve(root) as endpoint:
         yield endpoint
 
@@ -48,13 +51,16 @@ def test_stock_diffusers_loads_by_id_what_it_can_represent(hub, tmp_path):
     assert result.stdout.strip() == "ConsistencyModelPipeline", result.stderr
 
 
-def test_a_teacher_loads_by_id(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("repo", "field", "value"), [("me/teacher", "prediction_type", "epsilon"), ("me/imported", "time_scale", "1000.0")]
+)
+def test_a_teacher_loads_by_id(hub, tmp_path, repo, field, value):
     code = (
         "from cm_diffusers.training.teacher import load_teacher\n"
-        "print(load_teacher('me/teacher').preconditioning.prediction_type)"
+        f"print(load_teacher({repo!r}).preconditioning.{field})"
     )
     result = run(code, hub, tmp_path)
-    assert result.stdout.strip() == "epsilon", result.stderr
+    assert result.stdout.strip() == value, result.stderr
 
 
 def test_a_missing_repository_is_a_clear_error(hub, tmp_path):
