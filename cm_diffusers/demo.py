@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import gradio
 
 MOST_STEPS = 16
+MOST_SEED = 2**31 - 1
 MOST_IMAGES = 16
 TEACHER_NFES = 35
 # Visitors share the models, and a scheduler knows of one run only.
@@ -52,12 +55,13 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
 
     Raises:
         `ImportError`: if gradio is not installed.
+        `ValueError`: if the page could not draw from the models.
     """
     try:
         import gradio
     except ImportError as error:
         raise ImportError("The demo needs gradio: pip install gradio") from error
-
+    _check_models(student, teacher)
     classes = _classes(student)
     most_steps = min(MOST_STEPS, student.scheduler.grid_length)
     with gradio.Blocks(title="Consistency model") as page:
@@ -66,7 +70,7 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
             with gradio.Row():
                 steps = gradio.Slider(1, most_steps, value=1, step=1, label="Steps", elem_id="steps")
                 count = gradio.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="count")
-                seed = gradio.Number(0, precision=0, label="Seed", elem_id="seed")
+                seed = gradio.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed")
                 label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="class")
             draw = gradio.Button("Draw", variant="primary", elem_id="draw")
             with gradio.Row():
@@ -108,7 +112,7 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
     gradio.Markdown("Load a picture or draw one, paint over what shall change, and repaint.")
     with gradio.Row():
         steps = gradio.Slider(1, most_steps, value=min(8, most_steps), step=1, label="Steps", elem_id="edit-steps")
-        seed = gradio.Number(0, precision=0, label="Seed", elem_id="edit-seed")
+        seed = gradio.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="edit-seed")
         label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="edit-class")
     with gradio.Row():
         brush = gradio.Brush(default_size="auto", colors=["#ff7a00"], color_mode="fixed")
@@ -127,7 +131,8 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
         if canvas is None or canvas["background"] is None:
             raise gradio.Error("Load a picture first, or draw one.")
         height, width = pipeline.image_size()
-        image, mask = read_canvas(canvas, (width or SHOWN_PIXELS, height or SHOWN_PIXELS))
+        assert height is not None and width is not None
+        image, mask = read_canvas(canvas, (width, height))
         if mask.getbbox() is None:
             raise gradio.Error("Paint over what shall change first.")
         generator = torch.Generator().manual_seed(int(seed))
@@ -138,6 +143,18 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
 
     sample.click(draw_one, [seed, label], canvas, api_name="draw_one", **ONE_AT_A_TIME)
     repaint.click(edit, [canvas, steps, seed, label], result, api_name="edit", **ONE_AT_A_TIME)
+
+
+def _check_models(student: ConsistencyPipeline, teacher: Teacher | None) -> None:
+    """Refuse at the start what every visitor would meet."""
+    configs: dict[str, Any] = {"student": student.unet.config}
+    if teacher is not None:
+        configs["teacher"] = teacher.unet.config
+    for name, config in configs.items():
+        if getattr(config, "sample_size", None) is None:
+            raise ValueError(f"The config of the {name}'s UNet has no `sample_size`, so what size to draw is unknown.")
+    if teacher is not None and len(_classes(student)) > (configs["teacher"].num_class_embeds or 0):
+        raise ValueError("The student has classes that the teacher has not.")
 
 
 def _classes(student: ConsistencyPipeline) -> list[int]:
@@ -171,14 +188,15 @@ def read_canvas(canvas: dict[str, Any], size: tuple[int, int]) -> tuple[Image.Im
     Args:
         canvas (`dict`): the value of a `gradio.ImageMask` of PIL images: `background` and `layers`.
         size (`tuple[int, int]`): width and height of the two, cut to that shape. A picture that was enlarged by
-            [`enlarge`] gets back its own pixels.
+            [`enlarge`] gets back its own pixels; every pixel that is touched counts as painted.
     """
     picture: Image.Image = canvas["background"].convert("RGB")
     painted = np.zeros(picture.size[::-1], dtype=bool)
     for layer in canvas["layers"]:
         painted |= np.asarray(layer.convert("RGBA"))[..., 3] > 0
-    mask = Image.fromarray(painted.astype(np.uint8) * 255)
-    return ImageOps.fit(picture, size, Image.Resampling.BOX), ImageOps.fit(mask, size, Image.Resampling.BOX)
+    share = np.asarray(ImageOps.fit(Image.fromarray(painted.astype(np.float32)), size, Image.Resampling.BOX))
+    mask = Image.fromarray((share > 0).astype(np.uint8) * 255)
+    return ImageOps.fit(picture, size, Image.Resampling.BOX), mask
 
 
 # As a Space ----------------------------------------------------------------------------------------------------------
@@ -209,14 +227,14 @@ Images from [{student}](https://huggingface.co/{student}), a consistency model, 
 
 
 def write_space(folder: str | os.PathLike, student: str, teacher: str | None = None) -> None:
-    """Write the page as a Space: `app.py`, `requirements.txt` and `README.md`.
+    """Write the page as a Space: `app.py`, `requirements.txt`, `README.md`, and this package as it is installed.
 
     Args:
         folder (`str` or `os.PathLike`): made if there is none.
         student, teacher (`str`): Hub ids, since a Space cannot see folders of this machine.
 
     Raises:
-        `ValueError`: if they are folders.
+        `ValueError`: if they are none.
     """
     import gradio
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -225,15 +243,15 @@ def write_space(folder: str | os.PathLike, student: str, teacher: str | None = N
     for name in models:
         try:
             validate_repo_id(name)
-        except HFValidationError:
-            name = str(Path(name).resolve())
+        except HFValidationError as error:
+            raise ValueError(f"A Space loads from the Hub, and {name!r} is no name there.") from error
         if Path(name).is_dir():
             raise ValueError(
                 f"A Space loads from the Hub, and cannot see the folder {name}: push it, and give its id."
             )
     files = {
         "app.py": APP.format(student=student, teacher=teacher),
-        "requirements.txt": f"cm_diffusers\ngradio=={gradio.__version__}\n",
+        "requirements.txt": "\n".join([*_requirements(), f"gradio=={gradio.__version__}"]) + "\n",
         "README.md": CARD.format(
             title=student.split("/")[-1], student=student, version=gradio.__version__,
             models="\n".join(f"  - {name}" for name in models),
@@ -242,3 +260,12 @@ def write_space(folder: str | os.PathLike, student: str, teacher: str | None = N
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
+    package = Path(__file__).parent
+    shutil.copytree(
+        package, Path(folder) / package.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
+
+
+def _requirements() -> list[str]:
+    """What this package needs without its extras."""
+    return [line for line in importlib.metadata.requires("cm_diffusers") or [] if "extra ==" not in line]

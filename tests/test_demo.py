@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import io
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,17 +66,49 @@ def test_a_space_is_written_whole(tmp_path):
     app = (tmp_path / "app.py").read_text()
     compile(app, "app.py", "exec")
     assert "load_models('me/my-student', 'google/ddpm-cifar10-32', device)" in app
-    assert re.search(r"^gradio==\d", (tmp_path / "requirements.txt").read_text(), re.M)
+    requirements = (tmp_path / "requirements.txt").read_text()
+    assert re.search(r"^gradio==\d", requirements, re.M) and "extra" not in requirements
+    isolated = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import cm_diffusers.demo; print(cm_diffusers.demo.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env=isolated, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "cm_diffusers" / "demo.py"), done.stderr
     import yaml
 
     card = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert card["sdk"] == "gradio" and card["models"] == ["me/my-student", "google/ddpm-cifar10-32"]
 
 
-def test_a_space_of_a_folder_is_refused(models, tmp_path):
-    with pytest.raises(SystemExit, match="cannot see the folder"):
-        main(["demo", str(models[0]), "--space", str(tmp_path / "space")])
+@pytest.mark.parametrize("place", ["absolute", "relative", "typo", "deep"])
+def test_a_space_of_a_folder_is_refused(models, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(models[0].parent)
+    name = {"absolute": str(models[0]), "relative": "student", "typo": "./studnt", "deep": "me/my/student"}[place]
+    with pytest.raises(SystemExit, match="cannot see the folder|is no name there"):
+        main(["demo", name, "--space", str(tmp_path / "space")])
     assert not (tmp_path / "space").exists()
+
+
+def test_visitors_take_turns(models):
+    """A scheduler knows of one run only."""
+    events = list(build_demo(*load_models(*models)).fns.values())
+    assert len(events) == 4
+    assert {(event.concurrency_id, event.concurrency_limit) for event in events} == {("models", 1)}
+
+
+def test_models_that_cannot_be_drawn_from_are_refused_at_the_start(models):
+    student, teacher = load_models(*models)
+    sizeless = ConsistencyPipeline(build_unet(sample_size=None), ConsistencyScheduler())
+    with pytest.raises(ValueError, match="student's UNet has no `sample_size`"):
+        build_demo(sizeless)
+    teacher = dataclasses.replace(teacher, unet=build_unet(num_class_embeds=3))
+    with pytest.raises(ValueError, match="classes that the teacher has not"):
+        build_demo(student, teacher)
+
+
+def test_the_thinnest_stroke_is_seen():
+    paint = np.zeros((512, 512, 4), dtype=np.uint8)
+    paint[100:102, 100:102, 3] = 255
+    canvas = {"background": Image.new("RGB", (512, 512)), "layers": [Image.fromarray(paint)], "composite": None}
+    assert np.asarray(read_canvas(canvas, (8, 8))[1]).sum() == 255
 
 
 def test_without_gradio_it_says_what_to_install(models, monkeypatch):

@@ -308,7 +308,24 @@ class ConsistencyPipeline(DiffusionPipeline):
         """Set `_interrupt` in a callback to stop sampling early."""
         return self._interrupt
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """This pipeline over the components of another, without copying them, in the precision that they have.
+
+        Args:
+            pipeline (`DiffusionPipeline`): a `ConsistencyModelPipeline` or a pipeline of this package.
+            kwargs: components and config values that replace the other's.
+        """
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["torch_dtype"] = pipeline.unet.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
     # Saving and loading ---------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As everywhere in diffusers, without the place that the network was loaded from, which is of this machine."""
+        self.unet.register_to_config(_name_or_path="")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `model_index.json`; under stock names when stock diffusers computes the same."""

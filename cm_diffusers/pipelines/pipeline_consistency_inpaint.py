@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from diffusers import ImagePipelineOutput
@@ -86,6 +87,7 @@ class ConsistencyInpaintPipeline(ConsistencyPipeline):
         batch_size, _, height, width = known.values.shape
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, guidance_scale)
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        self.scheduler.init_noise_sigma = float(self.scheduler.sigmas[0])  # also where stock images start higher
         noise = self.prepare_latents(batch_size, height, width, self._execution_device, generator, latents)
         class_labels = self.prepare_class_labels(batch_size, self._execution_device, class_labels, generator)
         latents = self._denoise(
@@ -97,6 +99,8 @@ class ConsistencyInpaintPipeline(ConsistencyPipeline):
     def _known(
         self, image: Any, mask_image: Any, batch_size: int | None, height: int | None, width: int | None
     ) -> Known:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         channels, (low, high) = self.unet.config.in_channels, self.scheduler.config.image_range
         images = self.image_processor.preprocess(_in_mode(image, channels), height, width)
         if images.shape[1] != channels:
@@ -107,7 +111,9 @@ class ConsistencyInpaintPipeline(ConsistencyPipeline):
             )
         masks = VaeImageProcessor(
             vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
-        ).preprocess(mask_image, *images.shape[-2:])
+        ).preprocess(_as_float(mask_image), *images.shape[-2:])
+        if masks.shape[1] != 1:
+            raise ValueError(f"`mask_image` must have one channel, got {masks.shape[1]}.")
         count = len(images) if batch_size is None else batch_size
         for name, given in (("image", images), ("mask_image", masks)):
             if len(given) not in (1, count):
@@ -115,6 +121,15 @@ class ConsistencyInpaintPipeline(ConsistencyPipeline):
         values = (images * (high - low) + low).expand(count, *images.shape[1:])
         device = self._execution_device
         return Known(values.to(device, self.unet.dtype), (masks < 0.5).to(device))
+
+
+def _as_float(mask: Any) -> Any:
+    """Masks of booleans as numbers, which can be resized."""
+    if isinstance(mask, list):
+        return [_as_float(one) for one in mask]
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        return mask.astype(np.float32)
+    return mask.float() if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
 
 
 def _in_mode(image: Any, channels: int) -> Any:

@@ -73,7 +73,7 @@ def test_what_lies_under_the_mask_does_not_matter(unet):
     assert torch.equal(repaint(pipe, image, half()), repaint(pipe, other, half()))
 
 
-@pytest.mark.parametrize("form", ["pil", "numpy", "tensor", "list"])
+@pytest.mark.parametrize("form", ["pil", "numpy", "tensor", "list", "bool", "bool array"])
 def test_images_and_masks_come_in_every_form(unet, form):
     eight_bits = (picture() * 255).round() / 255
     array, mask = eight_bits[0].permute(1, 2, 0).numpy(), half()[0, 0].numpy()
@@ -81,7 +81,8 @@ def test_images_and_masks_come_in_every_form(unet, form):
     pil_mask = PIL.Image.fromarray((mask * 255).astype(np.uint8))
     forms = {
         "pil": (pil, pil_mask.convert("RGB")), "numpy": (array, mask), "tensor": (eight_bits[0], half()[0]),
-        "list": ([pil], [pil_mask]),
+        "list": ([pil], [pil_mask]), "bool": (eight_bits[0], half()[0].bool()),
+        "bool array": (array, mask.astype(bool)),
     }  # fmt: skip
     pipe = pipeline(unet)
     expected = repaint(pipe, eight_bits, half(), num_inference_steps=2)
@@ -112,6 +113,9 @@ def test_pictures_of_other_sizes_and_modes_are_fitted(unet):
     "image, mask, options, message",
     [
         (picture(), half(), {"batch_size": 0}, "batch_size"),
+        (picture(), half(), {"batch_size": -1}, "batch_size"),
+        (picture(), half(), {"batch_size": 2.0}, "batch_size"),
+        (picture(), half().repeat(1, 2, 1, 1), {}, "one channel"),
         (picture(2), half(), {"batch_size": 3}, "Got 2 for `image`"),
         (picture(3), half().repeat(2, 1, 1, 1), {}, "Got 2 for `mask_image`"),
         (picture() * 2 - 1, half(), {}, r"\[0, 1\]"),
@@ -122,6 +126,19 @@ def test_pictures_of_other_sizes_and_modes_are_fitted(unet):
 def test_what_cannot_be_edited_is_refused(unet, image, mask, options, message):
     with pytest.raises(ValueError, match=message):
         repaint(pipeline(unet), image, mask, **options)
+
+
+def test_timesteps_start_where_they_say(unet):
+    pipe, states = pipeline(unet), []
+    pipe.unet.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
+    repaint(pipe, picture().repeat(64, 1, 1, 1), half(), timesteps=[20, 10])
+    assert abs(states[0].std() - 1) < 0.05, "noise of the first level, scaled to unit variance"
+
+
+def test_from_pipe_keeps_the_precision(unet):
+    half_precision = ConsistencyPipeline(unet.half(), ConsistencyScheduler())
+    assert ConsistencyInpaintPipeline.from_pipe(half_precision).unet.dtype == torch.float16
+    assert half_precision.unet.dtype == torch.float16
 
 
 @pytest.mark.parametrize("stock", [True, False])
