@@ -33,6 +33,7 @@ class State:
         private (`set`): private repositories.
         drop (`list`): patterns of paths; a request that one matches is read in part, and its connection closed. Each
             is used once.
+        refuse (`list`): the same, with the status that is answered.
     """
 
     root: Path
@@ -40,6 +41,7 @@ class State:
     commits: list[tuple[str, str, str]] = field(default_factory=list)
     private: set[str] = field(default_factory=set)
     drop: list[str] = field(default_factory=list)
+    refuse: list[tuple[str, int]] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -81,7 +83,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def get(self, body: bool) -> None:
         path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+        if self.refused():
+            return
+        if path == "/api/whoami-v2":
+            self.whoami(body)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self.describe(match[1], match[2], match[3], body)
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.send_file(self.folder(match[1], match[2]) / match[3], body)
@@ -104,7 +110,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in zip(names, sizes, strict=True)
             ]
         else:
-            content = {"id": repo, "sha": REVISION, "siblings": [{"rfilename": n} for n in names], "tags": []}
+            content = {"id": repo, "sha": REVISION, "siblings": [{"rfilename": n} for n in names], "tags": [],
+                       "private": repo in self.state.private}  # fmt: skip
         self.send_json(content, body)
 
     def send_file(self, path: Path, body: bool) -> None:
@@ -115,6 +122,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(data, body, {"ETag": etag, "X-Repo-Commit": REVISION})
 
     # Pushes
+
+    def whoami(self, body: bool) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.state.tokens:
+            return self.error(401)
+        role = "read" if token == "hf_reader" else "write"
+        self.send_json({"name": "me", "auth": {"accessToken": {"role": role}}}, body)
 
     def may_write(self, repo: str) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -210,12 +224,23 @@ class Handler(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def dropped(self) -> bool:
+        if self.refused():
+            return True
         for pattern in self.state.drop:
             if re.search(pattern, self.path):
                 self.state.drop.remove(pattern)
                 self.rfile.read(1)
                 self.close_connection = True
                 self.connection.close()
+                return True
+        return False
+
+    def refused(self) -> bool:
+        for pattern, status in self.state.refuse:
+            if re.search(pattern, self.path):
+                self.state.refuse.remove((pattern, status))
+                self.read()
+                self.error(status)
                 return True
         return False
 

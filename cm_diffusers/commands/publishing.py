@@ -44,3 +44,6 @@ def export(arguments: Sequence[str]) -> None:
     else:
         kind = export_to_diffusers(pipeline, options.folder)
         print(f"Wrote {options.folder}, which loads with diffusers.{kind.__name__}.")
+        for steps in sorted(map(int, pipeline.scheduler.config.few_step_sigmas or {})):
+            if (timesteps := pipeline.scheduler.stock_timesteps(steps)) is not None:
+                print(f"For the images of {steps} steps here, pass it `timesteps={timesteps}`.")

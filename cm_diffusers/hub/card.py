@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from cm_diffusers.evaluation.results import TITLES, Report
-from cm_diffusers.training.record import HUB_ID, TrainingRecord
+from cm_diffusers.evaluation.in_loop import HISTORY, read_history
+from cm_diffusers.evaluation.results import TITLES, Protocol, Report
+from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.training.record import HUB_ID, SAMPLES, TrainingRecord
 
 TASK = "unconditional-image-generation"
-SAMPLES = "samples.png"
+RENDERED = "<!-- Rendered by cm_diffusers, and anew with every push. Delete this line to keep what you change. -->"
 CITATION = """\
 ```bibtex
 @inproceedings{song2023consistency,
@@ -51,8 +54,11 @@ class Student:
         return self._json("model_index.json")
 
     @property
-    def scheduler(self) -> dict[str, Any]:
-        return self._json("scheduler", "scheduler_config.json")
+    def scheduler(self) -> ConsistencyScheduler:
+        scheduler: ConsistencyScheduler = ConsistencyScheduler.from_config(
+            self._json("scheduler", "scheduler_config.json")
+        )
+        return scheduler
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -72,11 +78,18 @@ class Student:
         path = self.folder / "evaluation" / "report.json"
         return Report.load(path) if path.exists() else None
 
+    @property
+    def last_measured(self) -> list[dict[str, Any]]:
+        """The figures of the last evaluation while it trained; empty if there was none."""
+        history = read_history(self.folder / HISTORY)
+        return [entry for entry in history if entry["step"] == history[-1]["step"]]
+
 
 def render_card(folder: str | Path, repo_id: str) -> ModelCard:
     """The card of a student.
 
-    Reads `training.json`, `evaluation/report.json` and `samples.png` of the folder, and leaves out what is not there.
+    Reads `training.json`, `evaluation/report.json`, `evaluation.jsonl` and `samples.png` of the folder, and says
+    nothing of what is not there.
 
     Args:
         folder (`str` or `Path`): of the student.
@@ -91,13 +104,22 @@ def render_card(folder: str | Path, repo_id: str) -> ModelCard:
         _introduction(student),
         _usage(student),
         _training(student.record),
-        _evaluation(student.report),
+        _evaluation(student),
         _limitations(student),
         _license(student.record),
         f"## Citation\n\n{CITATION}",
     ]
     metadata = _metadata(student).to_yaml()
-    return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+    return ModelCard(f"---\n{metadata}\n---\n\n{RENDERED}\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+
+
+def is_rendered(card: Path) -> bool:
+    """Whether a README.md is one that `render_card` made, rather than a person's own."""
+    return RENDERED in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_distilled(record: TrainingRecord | None) -> bool:
+    return record is not None and record.teacher is not None and record.choices.get("source") == "teacher"
 
 
 def _metadata(student: Student) -> ModelCardData:
@@ -121,28 +143,34 @@ def _metadata(student: Student) -> ModelCardData:
             for name, value in result.metrics.items()
         ]
         values["model_name"] = student.repo_id.rsplit("/", 1)[-1]
+    kind = "distillation" if _is_distilled(record) else "image-generation"
     return ModelCardData(
         license=teacher.get("license"), library_name="diffusers", pipeline_tag=TASK,
-        tags=["consistency-models", "cm_diffusers", "one-step", "distillation" if teacher else "image-generation"],
-        **values,
+        tags=["consistency-models", "cm_diffusers", "one-step", kind], **values,
     )  # fmt: skip
 
 
 def _introduction(student: Student) -> str:
-    unet, record = student.unet, student.record
+    unet = student.unet
     size = unet.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or ("?", "?")
     classes = f" of {unet['num_class_embeds']} classes" if unet.get("num_class_embeds") else ""
-    origin = "trained on data alone"
-    if record is not None and record.teacher:
-        origin = f"distilled from `{_plain(record.teacher['name'])}`"
     text = (
-        f"A [consistency model](https://arxiv.org/abs/2303.01469), {origin}: it draws images of {height} × {width} "
-        f"pixels{classes} in one evaluation of its network, and better ones in a few."
+        f"A [consistency model](https://arxiv.org/abs/2303.01469){_origin(student.record)}: it draws images of "
+        f"{height} × {width} pixels{classes} in one evaluation of its network, or in a few."
     )
     if (student.folder / SAMPLES).exists():
         text += f"\n\n![Samples in one step]({SAMPLES})"
     return text
+
+
+def _origin(record: TrainingRecord | None) -> str:
+    if record is None:
+        return ""
+    if record.teacher is None:
+        return ", trained on data alone"
+    how = "distilled from" if _is_distilled(record) else "trained on data from the weights of"
+    return f", {how} {_code(record.teacher['name'])}"
 
 
 def _usage(student: Student) -> str:
@@ -152,7 +180,7 @@ def _usage(student: Student) -> str:
         "```python\n# pip install cm_diffusers\nfrom cm_diffusers import ConsistencyPipeline\n\n"
         f'pipe = ConsistencyPipeline.from_pretrained("{student.repo_id}")\n'
         f"image = pipe({label}num_inference_steps=1).images[0]\n"
-        f"better = pipe({label}num_inference_steps=2).images[0]\n```"
+        f"image = pipe({label}num_inference_steps=2).images[0]\n```"
     )
     stock = (
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
@@ -160,22 +188,38 @@ def _usage(student: Student) -> str:
         f"image = pipe({label}num_inference_steps=1).images[0]\n```"
     )
     if student.is_stock:
-        return f"## Use\n\nWith stock diffusers, or with cm_diffusers for the same images:\n\n{stock}\n\n{ours}"
+        same = f"With stock diffusers, or with cm_diffusers for the same images:\n\n{stock}\n\n{ours}"
+        return "\n\n".join(["## Use", same, *_stored_for_stock(student.scheduler)])
     network = (
         "```python\nfrom diffusers import UNet2DModel\n\n"
         f'unet = UNet2DModel.from_pretrained("{student.repo_id}", subfolder="unet")\n```'
     )
     return (
         f"## Use\n\n{ours}\n\nStock diffusers has no pipeline that computes this student (family "
-        f"`{student.scheduler['family']}`, boundary `{student.scheduler['boundary']}`): `DiffusionPipeline` does not "
-        f"load it. Its network alone loads there:\n\n{network}"
+        f"`{student.scheduler.config.family}`, boundary `{student.scheduler.config.boundary}`): `DiffusionPipeline` "
+        f"does not load it. Its network alone loads there:\n\n{network}"
     )
+
+
+def _stored_for_stock(scheduler: ConsistencyScheduler) -> list[str]:
+    """How stock diffusers takes the levels that are stored for a number of steps, of which it knows nothing."""
+    texts = []
+    for steps in sorted(map(int, scheduler.config.few_step_sigmas or {})):
+        timesteps = scheduler.stock_timesteps(steps)
+        other = f"pass it `timesteps={timesteps}` for the same images" if timesteps else "it draws other images"
+        texts.append(f"In {steps} steps cm_diffusers takes stored levels, unknown to stock diffusers: {other}.")
+    return texts
 
 
 def _plain(text: Any) -> str:
     """Text that cannot be taken for markup, or for the end of a table's cell."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return escaped.replace("|", "\\|").replace("`", "'")
+    return re.sub(r"([\\\[\]!*_|~`])", r"\\\1", escaped)
+
+
+def _code(text: Any) -> str:
+    """Text as it is, in the type of code, in which nothing is markup."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
 
 
 def _training(record: TrainingRecord | None) -> str:
@@ -189,7 +233,6 @@ def _training(record: TrainingRecord | None) -> str:
         "steps": f"{record.steps:,}",
         "images seen": f"{record.images:,}",
         "steps left out (no finite gradient)": record.skipped_steps or None,
-        "data": _data(record.dataset),
         "weights": f"{record.parameters:,}",
         "hardware": f"{record.processes} × {record.hardware}, precision {record.precision}",
         "time": _duration(record.seconds),
@@ -197,12 +240,13 @@ def _training(record: TrainingRecord | None) -> str:
         "software": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
         "finished": record.date,
     }
-    lines = [f"| {name} | {_plain(value)} |" for name, value in rows.items() if value is not None]
+    lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items() if value is not None]
+    lines.append(f"| data | {_data(record.dataset)} |")
     teacher = ""
     if record.teacher:
-        name = _plain(record.teacher["name"])
-        shown = f"[{name}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else f"`{name}`"
-        teacher = f"Teacher: {shown}, under a `{record.teacher['scheduler']}`.\n\n"
+        name = record.teacher["name"]
+        shown = f"[{_plain(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else _code(name)
+        teacher = f"Teacher: {shown}, under a {_code(record.teacher['scheduler'])}.\n\n"
     return "## Training\n\n" + teacher + "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -214,32 +258,51 @@ def _duration(seconds: float) -> str:
 
 def _data(dataset: dict[str, Any]) -> str:
     name, rows = dataset.get("name"), dataset.get("rows")
-    shown = (
-        f"[{name}](https://huggingface.co/datasets/{name})" if HUB_ID.fullmatch(name or "") else name or "private data"
-    )
-    return f"{shown}, {rows:,} images" if rows else str(shown)
+    shown = _plain(name or "private data")
+    if HUB_ID.fullmatch(name or ""):
+        shown = f"[{shown}](https://huggingface.co/datasets/{name})"
+    return f"{shown}, {rows:,} images" if rows else shown
 
 
-def _evaluation(report: Report | None) -> str:
-    if report is None or not report.results:
+def _evaluation(student: Student) -> str:
+    report = student.report
+    table = report.table() if report is not None and report.results else ""
+    texts = [text for text in (table, _while_it_trained(student)) if text]
+    if not texts:
         return ""
     note = "FID and the other figures depend on all of that; compare them only with figures of the same protocol."
-    return f"## Evaluation\n\n{report.table()} {note}"
+    return "\n\n".join(["## Evaluation", *texts, note])
+
+
+def _while_it_trained(student: Student) -> str:
+    try:
+        measured = student.last_measured
+        if not measured:
+            return ""
+        figures = "; ".join(f"{_figures(entry)} at {entry['nfe']} NFE" for entry in measured)
+        step, protocol = measured[-1]["step"], Protocol(**measured[-1]["protocol"])
+        return f"While it trained, at step {step:,}: {figures}. {_plain(protocol)}."
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{student.folder / HISTORY} holds no evaluation of a student: {error!r}") from error
+
+
+def _figures(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{title} {entry[name]:.4g}" for name, title in TITLES.items() if name in entry)
 
 
 def _limitations(student: Student) -> str:
-    sigmas = student.scheduler.get("few_step_sigmas") or {}
+    sigmas = student.scheduler.config.few_step_sigmas or {}
     stored = "; ".join(
         f"{steps} steps at σ = {', '.join(f'{sigma:.3g}' for sigma in levels)}"
         for steps, levels in sorted(sigmas.items())
     )
     lines = [
         "It knows the images that it was trained on, with their biases and gaps, and no others.",
-        "One step trades quality for speed; see the evaluation, or compare with more steps.",
+        "One step trades quality for speed: compare with more steps.",
         "It is best at the noise levels of its training; others may do worse."
         + f" Stored with it: {stored}." * bool(stored),
     ]
-    if student.report is None:
+    if student.report is None and not student.last_measured:
         lines.append("Its quality has not been measured.")
     return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -248,7 +311,7 @@ def _license(record: TrainingRecord | None) -> str:
     if record is None or not record.teacher:
         return ""
     if record.teacher.get("license"):
-        return f"## Licence\n\n`{record.teacher['license']}`, that of its teacher."
+        return f"## Licence\n\n{_code(record.teacher['license'])}, that of its teacher."
     return (
         "## Licence\n\nThat of its teacher, which states none: ask its authors before you use or share this student."
     )

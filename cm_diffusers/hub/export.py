@@ -22,7 +22,9 @@ ONNX_FILE = "model.onnx"
 def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> type:
     """Write a student as a pipeline of stock diffusers, if there is one that computes the same.
 
-    - EDM and consistency students become a `ConsistencyModelPipeline`, with the same images to the bit.
+    - EDM and consistency students become a `ConsistencyModelPipeline`, with the same images to the bit. In several
+      steps it does not know levels stored in `few_step_sigmas`: pass it
+      [`~cm_diffusers.ConsistencyScheduler.stock_timesteps`].
     - Variance-preserving students with `boundary="lcm"` become a `DDPMPipeline` under `LCMScheduler`. In one step its
       images are the same up to some 1e-3: it starts from unit variance, which `sigma_max` rounds to.
 
@@ -51,6 +53,8 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
             reasons.append(f"it was trained up to timestep {start:.1f}, and LCMScheduler starts at {last}")
         if pipeline.unet.config.num_class_embeds is not None:
             reasons.append("DDPMPipeline passes no class labels")
+    if tuple(scheduler.config.image_range) != (-1.0, 1.0):
+        reasons.append(f"its images lie in {list(scheduler.config.image_range)}, and those of stock ones in [-1, 1]")
     if reasons:
         raise ValueError(
             f"No stock pipeline computes this student: {'; '.join(reasons)}. Stock are students of EDM and "
@@ -61,6 +65,7 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
         **betas, prediction_type=scheduler.config.prediction_type, clip_sample=scheduler.config.clip_denoised,
         timestep_scaling=scheduler.config.timestep_scaling, original_inference_steps=LCM_STEPS,
     )  # fmt: skip
+    pipeline.unet.register_to_config(_name_or_path="")  # a folder of this machine
     DDPMPipeline(pipeline.unet, lcm).save_pretrained(folder)
     return DDPMPipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -12,8 +13,9 @@ from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
-from cm_diffusers.hub.card import render_card
+from cm_diffusers.hub.card import is_rendered, render_card
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ PUBLISHED = [
 ]  # fmt: skip
 # What the client's HTTP library raises, whichever that is, and what the system does.
 TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
+# The client puts what fails with large files into a RuntimeError.
+CALL_ERRORS: tuple[type[Exception], ...] = (*TRANSPORT_ERRORS, RuntimeError)
 T = TypeVar("T")
 TRIES = 4
 FIRST_PAUSE = 1.0
@@ -39,12 +43,13 @@ def push_to_hub(
 ) -> str:  # fmt: skip
     """Publish a student: make the repository if there is none, render its card, and upload both in one commit.
 
-    A README.md in the folder that was not rendered by this function is kept.
+    A README.md in the folder that is a person's own is kept; one that this function rendered is rendered anew.
 
     Args:
         folder (`str` or `Path`): of the student, as a run or `ConsistencyPipeline.save_pretrained` wrote it.
         repo_id (`str`): `name`, `user/name` or `organisation/name`.
-        private (`bool`, *optional*): of a new repository; the account's default when `None`.
+        private (`bool`, *optional*): of a new repository; the account's default when `None`. With `True`, nothing is
+            pushed to a public one.
         token (`str`, *optional*): one that may write; by default that of `hf auth login` or `HF_TOKEN`.
         revision (`str`, *optional*): the branch to commit to, made if there is none; the default one when `None`.
         commit_message (`str`): of the commit.
@@ -55,40 +60,88 @@ def push_to_hub(
 
     Raises:
         `ValueError`: if the folder holds no student, or `repo_id` is not a name that the Hub allows.
+        `OSError`: if there is no room for a copy of the student.
         [`PushError`]: if the Hub refuses or cannot be reached.
     """
     folder, api = Path(folder), HfApi(token=token)
+    check_name(repo_id)
     render_card(folder, repo_id)  # before anything is made: the folder holds a student
-    try:
-        repo_id = _trying(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    with tempfile.TemporaryDirectory() as staging:
+        gather(folder, Path(staging))
+        repo_id = _ask(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if private and _ask(repo_id, lambda: api.model_info(repo_id).private) is False:
+            raise PushError(f"{repo_id} is public, and the push is to be private: make it private, or take another.")
         if revision is not None:
-            _trying(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        with tempfile.TemporaryDirectory() as staging:
-            gather(folder, Path(staging), repo_id)
-            commit: CommitInfo = _trying(
-                lambda: api.upload_folder(
-                    repo_id=repo_id, folder_path=staging, commit_message=commit_message, revision=revision,
-                    create_pr=create_pr,
-                )
-            )  # fmt: skip
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
-    except TRANSPORT_ERRORS as error:
-        raise PushError(_explained(error, repo_id)) from error
+            _ask(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        card = Path(staging) / "README.md"
+        if not card.exists() or is_rendered(card):
+            render_card(staging, repo_id).save(card)
+        commit: CommitInfo = _ask(
+            repo_id,
+            lambda: api.upload_folder(
+                repo_id=repo_id, folder_path=staging, commit_message=commit_message, revision=revision,
+                create_pr=create_pr,
+            ),
+        )  # fmt: skip
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 
-def gather(folder: Path, staging: Path, repo_id: str) -> None:
-    """Copy what belongs to the student, with its card."""
+def check_name(repo_id: str) -> None:
+    """Refuse names that the Hub does not allow.
+
+    Raises:
+        `ValueError`: saying why.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+
+
+def check_access(repo_id: str, token: str | None = None) -> None:
+    """See that there is a token that may write, before there is anything to push. A Hub that is away is a warning.
+
+    Args:
+        repo_id (`str`): `name`, `user/name` or `organisation/name`.
+        token (`str`, *optional*): by default that of `hf auth login` or `HF_TOKEN`.
+
+    Raises:
+        `ValueError`: if `repo_id` is not a name that the Hub allows.
+        [`PushError`]: if there is no token, the Hub does not know it, or it may only read.
+    """
+    check_name(repo_id)
+    try:
+        account = _trying(lambda: HfApi(token=token).whoami())
+    except TRANSPORT_ERRORS as error:
+        if _passes(error):
+            logger.warning("Whether %s can be pushed to is not known: %s", repo_id, _explained(error, repo_id))
+            return
+        raise PushError(_explained(error, repo_id)) from error
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"This token may not write to {repo_id}: it has to be one with write access.")
+
+
+def gather(folder: Path, staging: Path) -> None:
+    """Copy what belongs to the student, without the place that its network was once loaded from."""
     for pattern in PUBLISHED:
         for file in folder.glob(pattern):
             if file.is_file():
                 place = staging / file.relative_to(folder)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, place)
-    card, own = render_card(folder, repo_id), folder / "README.md"
-    if not own.exists():
-        card.save(staging / "README.md")
+    network = staging / "unet" / "config.json"
+    if network.exists():
+        config = json.loads(network.read_text())
+        if config.pop("_name_or_path", None):
+            network.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _ask(repo_id: str, call: Callable[[], T]) -> T:
+    """The result of `call`, a request about a repository; its failure as a [`PushError`]."""
+    try:
+        return _trying(call)
+    except TRANSPORT_ERRORS as error:
+        raise PushError(_explained(error, repo_id)) from error
 
 
 def _trying(call: Callable[[], T]) -> T:
@@ -96,13 +149,29 @@ def _trying(call: Callable[[], T]) -> T:
     for attempt in range(TRIES):
         try:
             return call()
-        except TRANSPORT_ERRORS as error:
-            if (_status(error) or 500) < 500 or attempt == TRIES - 1:
+        except CALL_ERRORS as error:
+            failure = _failure(error)
+            if failure is None:
                 raise
+            if not _passes(failure) or attempt == TRIES - 1:
+                raise failure from None
             pause = FIRST_PAUSE * 2**attempt
-            logger.warning("The Hub did not answer (%s); trying again in %.0f s.", error, pause)
+            logger.warning("The Hub did not answer (%s); trying again in %.0f s.", failure, pause)
             time.sleep(pause)
     raise AssertionError  # not reached
+
+
+def _failure(error: BaseException | None) -> Exception | None:
+    """The failure on the way that an error is or comes from, if it does."""
+    while error is not None and not isinstance(error, TRANSPORT_ERRORS):
+        error = error.__cause__
+    return error
+
+
+def _passes(failure: Exception) -> bool:
+    """Whether it may go better later: no answer, too many requests, or a fault of the Hub's."""
+    status = _status(failure)
+    return status is None or status == 429 or status >= 500
 
 
 def _status(error: Exception) -> int | None:

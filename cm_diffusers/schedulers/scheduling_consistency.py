@@ -107,6 +107,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
+        if not time_scale > 0:
+            raise ValueError(f"`time_scale` must be positive, got {time_scale}.")
         if not (sigma_data > 0 and rho > 0 and num_train_timesteps > 0 and image_range[0] < image_range[1]):
             raise ValueError(
                 "`sigma_data`, `rho` and `num_train_timesteps` must be positive and `image_range` ascending, got "
@@ -381,10 +383,30 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def is_stock(self) -> bool:
-        """Whether diffusers' `CMStochasticIterativeScheduler` represents this scheduler exactly."""
+        """Whether diffusers' `CMStochasticIterativeScheduler` represents this scheduler exactly.
+
+        It does not know `few_step_sigmas`; [`~ConsistencyScheduler.stock_timesteps`] say the same to it.
+        """
         config = self.config
         same_grid = config.num_levels in (None, config.num_train_timesteps)
         return config.family == "consistency" and tuple(config.image_range) == (-1.0, 1.0) and same_grid
+
+    def stock_timesteps(self, num_inference_steps: int) -> list[int] | None:
+        """The `timesteps` by which diffusers' own class takes the levels of this one for a number of steps.
+
+        Args:
+            num_inference_steps (`int`): as in `set_timesteps`.
+
+        Returns:
+            `list[int]`, *optional*: indices into the training grid, descending, for `timesteps=`; `None` if no such
+            indices lead to these levels.
+        """
+        if not self.is_stock:
+            return None
+        levels, grid = self._spread(num_inference_steps), self._karras(np.arange(self.grid_length))
+        indices = np.abs(np.log(grid) - np.log(levels)[:, None]).argmin(axis=1)
+        starts_at_top = indices[0] == 0  # as diffusers' own class does whatever its indices say
+        return indices[::-1].tolist() if starts_at_top and np.allclose(grid[indices], levels, rtol=1e-5) else None
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the config; under the stock class's name when diffusers' own class computes the same."""

@@ -16,10 +16,11 @@ from cm_diffusers.hub import export_to_diffusers, export_to_onnx
 NOISE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def student(scheduler=None, stock=False, boundary="euler", **config):
+def student(scheduler=None, stock=False, boundary="euler", image_range=None, **config):
     scheduler = scheduler or diffusers.DDPMScheduler(prediction_type="v_prediction")
     how = {"family": "consistency"} if stock else {"boundary": boundary}
-    pipeline = ConsistencyPipeline(build_unet(**config), ConsistencyScheduler.from_teacher(scheduler, **how))
+    scheduler = ConsistencyScheduler.from_teacher(scheduler, image_range=image_range, **how)
+    pipeline = ConsistencyPipeline(build_unet(**config), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -42,6 +43,29 @@ def test_a_consistency_student_is_stock_to_the_bit(classes, tmp_path, capfd):
         np.testing.assert_array_equal(images(pipeline, generator=generators[1], **labels, **arguments), stock_images)
 
 
+def test_stored_levels_are_said_to_stock_as_timesteps(tmp_path, capsys):
+    levels = ConsistencyScheduler(num_train_timesteps=18)
+    levels.set_timesteps(timesteps=[11, 0])
+    scheduler = ConsistencyScheduler(num_train_timesteps=18, few_step_sigmas={"2": levels.sigmas[:2].tolist()})
+    pipeline = ConsistencyPipeline(build_unet(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "student")
+    main(["export", str(tmp_path / "student"), str(tmp_path / "stock")])
+    assert "For the images of 2 steps here, pass it `timesteps=[11, 0]`" in capsys.readouterr().out
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "stock")
+    stock.set_progress_bar_config(disable=True)
+    ours, same, other = (
+        images(pipe, generator=torch.Generator().manual_seed(7), **arguments)
+        for pipe, arguments in (
+            (pipeline, {"num_inference_steps": 2}),
+            (stock, {"num_inference_steps": None, "timesteps": scheduler.stock_timesteps(2)}),
+            (stock, {"num_inference_steps": 2}),
+        )
+    )
+    np.testing.assert_allclose(ours, same, atol=1e-5)
+    assert abs(ours - other).max() > 1e-2
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, tmp_path, monkeypatch):
     pipeline = student(diffusers.DDPMScheduler(prediction_type=prediction_type), boundary="lcm")
@@ -60,6 +84,7 @@ def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, tmp
         (lambda: student(), "its family is 'vp' and its boundary 'euler'"),
         (lambda: student(diffusers.FlowMatchEulerDiscreteScheduler()), "its family is 'flow'"),
         (lambda: student(boundary="lcm", num_class_embeds=5), "DDPMPipeline passes no class labels"),
+        (lambda: student(boundary="lcm", image_range=[0.0, 1.0]), r"its images lie in \[0.0, 1.0\]"),
     ],
 )
 def test_what_is_not_stock_is_refused_with_the_reason(make, reason, tmp_path):

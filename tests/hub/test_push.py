@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import wait
 from pathlib import Path
 
 import diffusers
@@ -87,11 +89,16 @@ def test_a_stock_student_comes_back_without_our_classes(hub, tmp_path):
 def test_pushing_twice_updates(hub, tmp_path):
     _, state = hub
     folder = make_student(tmp_path / "student")
+    (folder / "samples.png").write_bytes(b"pixels")
     push_to_hub(folder, "me/student")
-    (folder / "training.json").unlink(missing_ok=True)
+    remote = state.root / "me" / "student"
+    (remote / "notes.md").write_text("of somebody else")
+    (folder / "samples.png").unlink()
     push_to_hub(folder, "me/student", commit_message="Again")
     assert [message for *_, message in state.commits] == ["Upload student", "Again"]
-    assert (state.root / "me" / "student" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    # Nothing that is there is deleted.
+    for name in ("samples.png", "notes.md", "unet/diffusion_pytorch_model.safetensors"):
+        assert (remote / name).exists(), name
 
 
 def test_names_branches_privacy_and_pull_requests(hub, tmp_path):
@@ -103,6 +110,15 @@ def test_names_branches_privacy_and_pull_requests(hub, tmp_path):
     assert state.commits[-1][:2] == ("org/student", "v2")
     assert not (state.root / "org" / "student" / "unet").exists()
     assert push_to_hub(folder, "me/student", create_pr=True).endswith("/discussions/1")
+
+
+def test_what_is_private_goes_to_no_public_repository(hub, tmp_path):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+    push_to_hub(folder, "me/student")
+    with pytest.raises(PushError, match="me/student is public"):
+        push_to_hub(folder, "me/student", private=True)
+    assert len(state.commits) == 1
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,79 @@ def test_a_connection_that_breaks_is_tried_again(hub, tmp_path, pattern):
     push_to_hub(make_student(tmp_path / "student"), "me/student")
     assert state.drop == []
     assert len(state.commits) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path, status):
+    _, state = hub
+    state.refuse += [("/api/repos/create", status)] * 2
+    push_to_hub(make_student(tmp_path / "student"), "me/student")
+    assert state.refuse == []
+    assert len(state.commits) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client itself tries large files again, and waits for seconds in between."""
+    import huggingface_hub.utils._http as http
+
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+
+
+def test_large_files_that_fail_are_tried_again(hub, tmp_path, impatient):
+    _, state = hub
+    state.refuse += [("^/lfs/", 503)] * 7  # one more than the client itself tries
+    push_to_hub(make_student(tmp_path / "student"), "me/student")
+    assert state.refuse == []
+    assert len(state.commits) == 1
+
+
+def test_large_files_that_go_on_failing_are_a_clear_error(hub, tmp_path, impatient):
+    _, state = hub
+    state.refuse += [("^/lfs/", 503)] * 100
+    with pytest.raises(PushError, match="The Hub refused me/student: .*503"):
+        push_to_hub(make_student(tmp_path / "student"), "me/student")
+    assert state.commits == []
+
+
+def test_a_full_disk_is_not_taken_for_the_hub(hub, tmp_path, monkeypatch):
+    _, state = hub
+    folder = make_student(tmp_path / "student")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(push.shutil, "copy2", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        push_to_hub(folder, "me/student")
+    assert "Hub" not in str(caught.value)
+    assert not (state.root / "me").exists()
+
+
+def test_a_rendered_card_is_rendered_anew_and_a_person_s_own_is_kept(hub, tmp_path):
+    _, state = hub
+    folder, remote = make_student(tmp_path / "student"), state.root / "me" / "new" / "README.md"
+    render_card(folder, "me/old").save(folder / "README.md")
+    push_to_hub(folder, "me/new")
+    assert 'from_pretrained("me/new")' in remote.read_text() and "me/old" not in remote.read_text()
+    own = "---\nlicense: mit\n---\nMy own.\n"
+    (folder / "README.md").write_text(own)
+    push_to_hub(folder, "me/new")
+    assert remote.read_text() == own
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_no_place_of_this_machine_is_published(hub, tmp_path, stock):
+    _, state = hub
+    folder = make_student(tmp_path / "student", stock)
+    ConsistencyPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again/unet/config.json").read_text()
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**config, "_name_or_path": "/home/me/teacher"}))
+    push_to_hub(folder, "me/student")
+    published = json.loads((state.root / "me/student/unet/config.json").read_text())
+    assert "_name_or_path" not in published
+    assert published == {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def test_a_hub_that_is_gone_is_a_clear_error_and_nothing_is_lost(hub, tmp_path):
@@ -200,8 +289,93 @@ def test_a_push_that_fails_meanwhile_does_not_end_the_run(hub, tmp_path, caplog)
     assert ConsistencyPipeline.from_pretrained(tmp_path / "run")
 
 
-def test_a_token_is_written_nowhere(hub, tmp_path):
-    make_trainer(tmp_path / "run", hub_token="hf_writer", checkpoint_steps=4).train()
+def test_a_meanwhile_push_whose_large_files_fail_is_made_up_for_at_the_end(hub, tmp_path, caplog, impatient):
+    _, state = hub
+    trainer = make_trainer(tmp_path / "run")
+    pipeline = trainer.pipeline()
+    trainer.save(pipeline)
+    state.refuse += [("^/lfs/", 503)] * 100
+    trainer.publisher.push_meanwhile(3)
+    wait([trainer.publisher._under_way])
+    assert "The student of step 3 is not pushed" in caplog.text
+    state.refuse.clear()
+    trainer.push_to_hub()
+    assert [message for *_, message in state.commits] == ["End of training"]
+
+
+@pytest.mark.parametrize("damage", ["report", "disk"])
+def test_what_cannot_be_gathered_meanwhile_does_not_end_the_run(hub, tmp_path, caplog, monkeypatch, damage):
+    _, state = hub
+    trainer = make_trainer(tmp_path / "run")
+    trainer.save(trainer.pipeline())
+    staging = tmp_path / "tmp"
+    staging.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(staging))
+    with monkeypatch.context() as broken:
+        if damage == "report":
+            (tmp_path / "run/evaluation").mkdir()
+            (tmp_path / "run/evaluation/report.json").write_text("[{")
+        else:
+            broken.setattr(push.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        trainer.publisher.push_meanwhile(3)
+        if trainer.publisher._under_way is not None:
+            wait([trainer.publisher._under_way])
+    assert "The student of step 3 is not pushed" in caplog.text
+    assert list(staging.iterdir()) == []
+    assert state.commits == []
+
+
+def test_a_card_of_meanwhile_names_the_repository(hub, tmp_path):
+    _, state = hub
+    trainer = make_trainer(tmp_path / "run3")
+    trainer.save(trainer.pipeline())
+    trainer.publisher.push_meanwhile(3)
+    wait([trainer.publisher._under_way])
+    assert 'from_pretrained("me/run3")' in (state.root / "me/run3/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hub_model_id": "a/b/c"}, ValueError, "'a/b/c' is no name of a repository"),
+        ({"hub_token": "hf_wrong"}, PushError, "does not know who pushes to run: `hf auth login`"),
+        ({"hub_token": "hf_reader"}, PushError, "may not write to run"),
+    ],
+)
+def test_who_cannot_push_is_told_before_the_run(hub, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path / "run", **changes)
+
+
+def test_a_hub_that_is_away_before_the_run_is_a_warning(hub, tmp_path, caplog):
+    _, state = hub
+    state.refuse += [("/api/whoami-v2", 503)] * push.TRIES
+    make_trainer(tmp_path / "run")
+    assert "Whether run can be pushed to is not known" in caplog.text
+
+
+def test_options_without_effect_are_named(hub, tmp_path, caplog):
+    make_trainer(tmp_path / "run", push_to_hub=False, hub_model_id="me/run", hub_private_repo=True)
+    assert "hub_model_id, hub_private_repo: of no effect on the run without `push_to_hub`" in caplog.text
+    make_trainer(tmp_path / "run", hub_strategy="checkpoint", checkpoint_steps=0)
+    assert "`checkpoint_steps` is 0" in caplog.text
+
+
+def test_a_student_that_cannot_be_described_is_pushed_later(hub, tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.save(trainer.pipeline())
+    (tmp_path / "run/training.json").write_text("{")
+    with pytest.raises(PushError, match=r"push it with `cm-diffusers push .*run run`"):
+        trainer.push_to_hub()
+
+
+@pytest.mark.parametrize("tracker", ["none", "tensorboard"])
+def test_a_token_is_written_nowhere(hub, tmp_path, tracker):
+    if tracker == "tensorboard":
+        pytest.importorskip("tensorboard")
+    trainer = make_trainer(tmp_path / "run", hub_token="hf_writer", checkpoint_steps=4, tracker=tracker)
+    trainer.train()
+    assert "hf_writer" not in repr(trainer.config)
     for path in Path(tmp_path).rglob("*"):
         if path.is_file():
             assert b"hf_writer" not in path.read_bytes(), path

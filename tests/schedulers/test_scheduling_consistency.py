@@ -588,3 +588,16 @@ def test_stock_consistency_pipeline_takes_our_scheduler(name: str, make_unet: Ca
         generator = torch.Generator().manual_seed(0)
         images.append(pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images)
     assert np.array_equal(*images)
+
+
+def test_stock_timesteps_are_the_indices_of_the_levels():
+    grid = ConsistencyScheduler(num_train_timesteps=18)
+    grid.set_timesteps(timesteps=[9, 4, 0])
+    stored = grid.sigmas[:3].tolist()
+    scheduler = ConsistencyScheduler(num_train_timesteps=18, few_step_sigmas={"3": stored, "2": [80.0, 1.234]})
+    assert scheduler.stock_timesteps(3) == [9, 4, 0]
+    assert scheduler.stock_timesteps(1) == [0]
+    assert scheduler.stock_timesteps(4) == [12, 8, 4, 0]  # as stock spreads them
+    assert scheduler.stock_timesteps(2) is None  # not on the grid
+    assert ConsistencyScheduler(few_step_sigmas={"1": [grid.sigmas[1].item()]}).stock_timesteps(1) is None
+    assert ConsistencyScheduler(family="edm", prediction_type="epsilon").stock_timesteps(1) is None
