@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -11,24 +12,31 @@ from torch import Tensor
 
 from cm_diffusers.evaluation.evaluate import Evaluator
 from cm_diffusers.evaluation.neighbours import nearest
-from cm_diffusers.evaluation.plots import plot_nfe, save_neighbours, save_pictures
-from cm_diffusers.evaluation.reference import reference_features
-from cm_diffusers.evaluation.results import Report
+from cm_diffusers.evaluation.plots import plot_nfe, plot_training, save_neighbours, save_pictures
+from cm_diffusers.evaluation.results import Report, write_whole
 from cm_diffusers.evaluation.sampling import Sampler
 
 SHOWN, SHOWN_NEIGHBOURS = 64, 8
 
 
-def write_artefacts(folder: Path, report: Report, evaluator: Evaluator, samplers: Sequence[Sampler]) -> None:
+def write_artefacts(
+    folder: Path, report: Report, evaluator: Evaluator, samplers: Sequence[Sampler],
+    history: Sequence[Mapping[str, Any]] = (),
+) -> None:  # fmt: skip
     """`report.md`, `fid.png`, a grid of samples each, and `neighbours.png` of the first sampler's.
 
     Called by all processes; the main one writes.
+
+    Args:
+        history (`Sequence[Mapping]`): figures of the student's training, which make a `training.png`.
     """
-    real = reference_features(evaluator.features, evaluator.reference, evaluator.batch_size)
+    real = evaluator.real
     if not PartialState().is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     plot_nfe(report, folder / "fid.png")
+    if history:
+        plot_training(history, folder / "training.png")
     text = [report.table()]
     for sampler in samplers:
         images = draw(sampler, SHOWN, evaluator.batch_size)
@@ -40,12 +48,12 @@ def write_artefacts(folder: Path, report: Report, evaluator: Evaluator, samplers
                 folder / "neighbours.png",
             )  # fmt: skip
             text.append(
-                f"Nearest training images of {len(images)} samples in {sampler.nfe} NFE: the median distance is "
-                f"{found.distances[:, 0].median() / found.typical:.2f} of that between training images; "
+                f"Nearest reference images of {len(images)} samples in {sampler.nfe} NFE: the median distance is "
+                f"{found.distances[:, 0].median() / found.typical:.2f} of that between reference images; "
                 f"{100 * found.share_of_copies:.0f} % are nearer than a third of it, as copies would be "
                 "(neighbours.png)."
             )
-    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    write_whole(folder / "report.md", "\n\n".join(text) + "\n")
 
 
 @torch.no_grad()

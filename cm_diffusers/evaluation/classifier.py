@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -53,7 +54,7 @@ class DomainClassifier(nn.Module):
             images (`Tensor` of shape `(n, channels, height, width)`): in uint8.
             labels (`Tensor` of shape `(n,)`): whole numbers from 0.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(images.shape[1], min(images.shape[2:]), int(labels.max()) + 1, width)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -85,13 +86,13 @@ class DomainClassifier(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            `ValueError`: if there is none.
+            `ValueError`: if there is none, or it is damaged.
         """
         try:
             settings: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
-            weights = load_file(Path(folder) / WEIGHTS)
-        except (OSError, json.JSONDecodeError) as error:
+            model = cls(**settings)
+            model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        # torch raises a RuntimeError for weights of other shapes.
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no classifier: {error}") from error
-        model = cls(**settings)
-        model.load_state_dict(weights)
         return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cm_diffusers.evaluation.reference import Reference, reference_features
 from cm_diffusers.evaluation.results import Protocol, Report, Result
 from cm_diffusers.evaluation.sampling import Sampler
 from cm_diffusers.evaluation.sharing import map_shared
+from cm_diffusers.training.runtime import on_main
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Evaluator:
 
     Args:
         features ([`~cm_diffusers.evaluation.features.Features`]): on the device of this process.
-        reference ([`~cm_diffusers.evaluation.reference.Reference`]): the images to resemble.
+        reference ([`~cm_diffusers.evaluation.reference.Reference`]): the images to resemble, two at least, the same on
+            all processes.
         num_images (`int`): that are drawn for a figure.
         repeats (`int`): figures with other seeds, whose mean and standard deviation are given.
         batch_size (`int`): of sampling and of the feature network, on each process.
@@ -44,6 +47,8 @@ class Evaluator:
         for name in ("num_images", "repeats", "batch_size"):
             if getattr(self, name) < 1 + (name == "num_images"):
                 raise ValueError(f"`{name}` must be at least {1 + (name == 'num_images')}, got {getattr(self, name)}.")
+        if len(self.reference.images) < 2:
+            raise ValueError("The reference must have two images at least.")
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -54,21 +59,27 @@ class Evaluator:
             reference_digest=self.reference.digest, num_reference=len(self.reference.images),
         )  # fmt: skip
 
+    @cached_property
+    def real(self) -> Tensor:
+        """Features of the reference, on the main process; empty on others. Called by all."""
+        return reference_features(self.features, self.reference, self.batch_size)
+
     def measure(self, sampler: Sampler) -> Result:
-        """All metrics of a sampler.
+        """All metrics of a sampler. The main process computes them for all.
 
         Raises:
             `ValueError`: if its images have another shape than the reference's.
+            `FloatingPointError`: if they are not finite.
         """
-        real = reference_features(self.features, self.reference, self.batch_size)
+        real = self.real
         seconds, found = 0.0, []
         for repeat in range(self.repeats):
             features, logits, spent = self._draw(sampler, repeat * self.num_images)
             seconds += spent
-            found.append(all_metrics(features, real, logits))
+            found.append(on_main(PartialState(), functools.partial(all_metrics, features, real, logits)))
         return Result.over(
             found, model=sampler.model, sampler=sampler.description, nfe=sampler.nfe, protocol=self.protocol,
-            seconds_per_1000=1000 * seconds / (self.repeats * self.num_images),
+            seconds_per_1000=1000 * seconds / (self.repeats * self.num_images), weights=sampler.digest,
         )  # fmt: skip
 
     def report(self, samplers: Iterable[Sampler]) -> Report:

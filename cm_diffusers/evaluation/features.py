@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cm_diffusers.evaluation.digests import network_digest
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -34,13 +37,15 @@ class Features:
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights: other weights under the same name are another protocol."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()[:16]
+        """Of the weights and, where it can be had, the source of the network's class.
+
+        Others under the same name are another protocol.
+        """
+        try:
+            source = inspect.getsource(type(self.network))
+        except (OSError, TypeError):  # of a class made in an interactive session, for instance
+            source = ""
+        return network_digest(self.network, source)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

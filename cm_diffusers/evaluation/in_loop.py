@@ -2,82 +2,148 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
-from functools import cached_property
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from cm_diffusers.evaluation.evaluate import Evaluator
 from cm_diffusers.evaluation.features import load_features
 from cm_diffusers.evaluation.reference import Reference
+from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import student_sampler
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.record import public_name
+from cm_diffusers.training.runtime import on_main
 
 logger = logging.getLogger(__name__)
 
 HISTORY = "evaluation.jsonl"
-BEST = "best"
+BEST, FIGURES, PARTIAL_BEST = "best", "evaluation.json", ".best-"
 
 
 class TrainingEvaluation:
     """Measures the student every so often, on the training images, and keeps the one with the lowest FID.
 
-    Writes a line for each figure to `evaluation.jsonl`; the best student, by the first of `eval_nfes`, is in `best/`.
-    Called by all processes.
+    Writes a line for each figure to `evaluation.jsonl`; the best student, by the first of `eval_nfes`, is in `best/`
+    with its figures. Training is not disturbed: its random numbers are left alone. Called by all processes.
 
     Args:
         config ([`ConsistencyConfig`]): the run's.
-        dataset: the run's, prepared.
+        dataset: the run's, prepared. The reference is read from it now.
         accelerator (`Accelerator`): the run's.
-        first_step (`int`): where the run starts or resumes; what was measured after it is forgotten.
+
+    Raises:
+        `ValueError`, `TypeError`: for evaluations that cannot work, or a stream that can be read only once.
     """
 
-    def __init__(self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator, first_step: int = 0) -> None:
-        self.config, self.dataset, self.accelerator = config, dataset, accelerator
-        self.folder = Path(config.output_dir)
-        self.history = [entry for entry in read_history(self.folder / HISTORY) if entry["step"] <= first_step]
-        if accelerator.is_main_process and self.history:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-            (self.folder / HISTORY).write_text(lines)
+    def __init__(self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, Path(config.output_dir)
+        if not hasattr(dataset, "__len__") and iter(dataset.dataset) is iter(dataset.dataset):
+            raise ValueError("`eval_steps` needs training images that can be read again: this stream comes only once.")
+        with own_randomness(config.seed):
+            features = load_features(config.eval_features, accelerator.device)
+            name = public_name(config.dataset) or "training data"
+            reference = Reference.from_dataset(without_augmentation(dataset), name, config.eval_num_reference)
+        self.evaluator = Evaluator(features, reference, config.eval_num_images, batch_size=config.batch_size)
+        self.best = math.inf
 
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        config = self.config
-        reference = Reference.from_dataset(
-            without_augmentation(self.dataset), config.dataset or "training data", config.eval_num_reference
-        )
-        features = load_features(config.eval_features, self.accelerator.device)
-        return Evaluator(features, reference, config.eval_num_images, batch_size=config.batch_size)
+    def start(self) -> None:
+        """Take up the best student so far, if it was measured as the next ones will be."""
+        self.best = on_main(self.accelerator, self._best_so_far)
+
+    def _best_so_far(self) -> float:
+        file = self.folder / BEST / FIGURES
+        entry = json.loads(file.read_text()) if file.exists() else {}
+        same = entry.get("protocol") == self._protocol and entry["nfe"] == self.config.eval_nfes[0]
+        return float(entry["fid"]) if same else math.inf
 
     @property
-    def best(self) -> float:
-        """The lowest FID so far."""
-        nfe = self.config.eval_nfes[0]
-        return min((entry["fid"] for entry in self.history if entry["nfe"] == nfe), default=math.inf)
+    def _protocol(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.evaluator.protocol)
 
     def __call__(self, pipeline: ConsistencyPipeline, step: int) -> None:
-        """Measure the student after `step` steps; save it if it is the best so far."""
+        """Measure the student after `step` steps; save it if it is the best so far. A diverged one has no figures."""
         pipeline.set_progress_bar_config(disable=True)
-        best, first = self.best, None
-        for nfe in self.config.eval_nfes:
-            result = self.evaluator.measure(student_sampler(pipeline, nfe))
-            entry = {"step": step, "nfe": nfe, **result.metrics, "protocol": dataclasses.asdict(result.protocol)}
-            self.history.append(entry)
-            first = first or result
-            self.accelerator.log({f"eval/{name}_nfe_{nfe}": v for name, v in result.metrics.items()}, step=step)
-            if self.accelerator.is_main_process:
-                with (self.folder / HISTORY).open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-        if first is not None and first.metrics["fid"] < best and self.accelerator.is_main_process:
-            pipeline.save_pretrained(self.folder / BEST)
-            logger.info("Step %d: FID %.4g at %d NFE, the best so far.", step, first.metrics["fid"], first.nfe)
+        for place, nfe in enumerate(self.config.eval_nfes):
+            try:
+                with own_randomness(self.config.seed):
+                    metrics = self.evaluator.measure(student_sampler(pipeline, nfe)).metrics
+            except FloatingPointError as error:
+                logger.warning("Step %d, %d NFE: %s", step, nfe, error)
+                continue
+            entry = {"step": step, "nfe": nfe, **metrics, "protocol": self._protocol}
+            self.accelerator.log({f"eval/{name}_nfe_{nfe}": value for name, value in metrics.items()}, step=step)
+            better = place == 0 and metrics["fid"] < self.best
+            on_main(self.accelerator, functools.partial(self._write, entry, pipeline if better else None))
+            if better:
+                self.best = metrics["fid"]
+                logger.info("Step %d: FID %.4g at %d NFE, the best so far.", step, self.best, nfe)
+
+    def _write(self, entry: dict[str, Any], best: ConsistencyPipeline | None) -> None:
+        with (self.folder / HISTORY).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if best is not None:
+            self._keep(best, entry)
+
+    def _keep(self, pipeline: ConsistencyPipeline, entry: dict[str, Any]) -> None:
+        """Save the student beside `best/`, then put it there."""
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_BEST, dir=self.folder))
+        try:
+            pipeline.save_pretrained(partial / "new")
+            (partial / "new" / FIGURES).write_text(json.dumps(entry, indent=2) + "\n")
+            if (self.folder / BEST).exists():
+                (self.folder / BEST).rename(partial / "old")
+            (partial / "new").rename(self.folder / BEST)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop what was measured after `step`, where a run starts or goes on, and the best student if it is of later.
+
+    Called by the main process.
+    """
+    for partial in folder.glob(f"{PARTIAL_BEST}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    if (folder / HISTORY).exists():
+        kept = [entry for entry in read_history(folder / HISTORY) if entry["step"] <= step]
+        write_whole(folder / HISTORY, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if not kept:
+            (folder / HISTORY).unlink()
+    figures = folder / BEST / FIGURES
+    if figures.exists() and json.loads(figures.read_text())["step"] > step:
+        shutil.rmtree(folder / BEST)
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Global random numbers from `seed` on, alike on all processes; then they go on as if nothing had been drawn."""
+    python, array = random.getstate(), np.random.get_state()
+    device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(device):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 # Neighbours are searched among so many images: distances grow with their square.
 MOST_FOR_NEIGHBOURS = 10_000
-LOWER_IS_BETTER = ("fid", "kid")
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -100,13 +99,20 @@ def density_coverage(features: Tensor, reference: Tensor) -> tuple[float, float]
 def all_metrics(features: Tensor, reference: Tensor, logits: Tensor | None = None) -> dict[str, float]:
     """`fid`, `kid`, `precision`, `recall`, `density`, `coverage`, and `inception_score` where there are logits.
 
-    Neighbours are searched among the first 10,000 images of each set.
+    Neighbours are searched among the first 10,000 samples, whose order means nothing, and 10,000 reference images
+    spread evenly over all: data are often sorted by class.
     """
-    few, few_real = features[:MOST_FOR_NEIGHBOURS], reference[:MOST_FOR_NEIGHBOURS]
+    few = features[:MOST_FOR_NEIGHBOURS]
+    few_real = reference[evenly_spread(len(reference), MOST_FOR_NEIGHBOURS)]
     found = {"fid": frechet_distance(features, reference), "kid": kernel_distance(features, reference)[0]}
     found["precision"], found["recall"] = precision_recall(few, few_real)
     found["density"], found["coverage"] = density_coverage(few, few_real)
     return found if logits is None else {**found, "inception_score": inception_score(logits)}
+
+
+def evenly_spread(length: int, count: int) -> Tensor:
+    """Up to `count` of the rows 0 to `length - 1`, from the first to the last."""
+    return torch.linspace(0, length - 1, min(length, count), dtype=torch.float64).long()
 
 
 def _neighbours(wanted: int, *sets: Tensor) -> int:

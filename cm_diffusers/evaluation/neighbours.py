@@ -1,4 +1,4 @@
-"""Samples beside the training images that they are nearest to: whether a model repeats what it has seen."""
+"""Samples beside the reference images that they are nearest to: whether a model repeats what it has seen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cm_diffusers.evaluation.metrics import evenly_spread
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ def nearest(features: Tensor, reference: Tensor, count: int = 3) -> Neighbours:
 
     Args:
         features (`Tensor` of shape `(n, d)`): of samples.
-        reference (`Tensor` of shape `(m, d)`): of the images that the model has seen.
+        reference (`Tensor` of shape `(m, d)`): of real images.
     """
     distances = torch.cat([torch.cdist(part.double(), reference.double()) for part in features.split(1000)])
     found = distances.topk(min(count, len(reference)), dim=1, largest=False)
-    some = reference[torch.linspace(0, len(reference) - 1, min(len(reference), 1000)).long()].double()
+    some = reference[evenly_spread(len(reference), 1000)].double()
     among = torch.cdist(some, reference.double()).topk(2, dim=1, largest=False).values[:, 1]
     return Neighbours(found.indices, found.values, float(among.median()))

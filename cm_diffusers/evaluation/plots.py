@@ -33,12 +33,13 @@ def plot_nfe(report: Report, path: str | Path, metric: str = "fid") -> None:
 
 
 def plot_training(history: Sequence[Mapping[str, Any]], path: str | Path, metric: str = "fid") -> None:
-    """A metric over training, a line for every number of evaluations.
+    """A metric over training, a line for every number of evaluations, under the protocol of the last figure.
 
     Args:
         history (`Sequence[Mapping]`): of `step`, `nfe` and metrics, as a run writes them to `evaluation.jsonl`.
     """
     figure, axis = _figure()
+    history = [entry for entry in history if entry.get("protocol") == history[-1].get("protocol")]
     for nfe in sorted({entry["nfe"] for entry in history}):
         line = sorted((entry["step"], entry[metric]) for entry in history if entry["nfe"] == nfe)
         axis.plot(*zip(*line, strict=True), marker="o", label=f"{nfe} NFE")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +55,7 @@ class Result:
         repeats (`int`): how many.
         seconds_per_1000 (`float`): of sampling, on all devices together.
         protocol ([`Protocol`]): what the figures depend on.
+        weights (`str`): a digest of the model's weights and scheduler; empty if unknown.
     """
 
     model: str
@@ -63,6 +66,7 @@ class Result:
     repeats: int
     seconds_per_1000: float
     protocol: Protocol
+    weights: str = ""
 
     @classmethod
     def over(cls, repetitions: Sequence[dict[str, float]], **description: Any) -> Result:
@@ -80,7 +84,7 @@ class Result:
 
 @dataclass
 class Report:
-    """Results that may be compared, since they have one protocol."""
+    """Results that may be compared: they have one protocol, and those of a model are of the same weights."""
 
     results: list[Result] = field(default_factory=list)
 
@@ -92,42 +96,56 @@ class Report:
         """Add a result, in the place of one of the same model, sampler and number of evaluations.
 
         Raises:
-            `ValueError`: if it has another protocol, naming the differences.
+            `ValueError`: if it cannot stand beside the others, as for `check`.
         """
-        if self.protocol is not None and result.protocol != self.protocol:
-            old, new = dataclasses.asdict(self.protocol), dataclasses.asdict(result.protocol)
+        self.check(result.protocol, result.model, result.weights)
+        key = (result.model, result.sampler, result.nfe)
+        self.results = [r for r in self.results if (r.model, r.sampler, r.nfe) != key] + [result]
+
+    def check(self, protocol: Protocol, model: str, weights: str) -> None:
+        """See that a result can stand beside those that are there.
+
+        Raises:
+            `ValueError`: if it has another protocol, naming the differences, or other weights under the same name.
+        """
+        if self.protocol is not None and protocol != self.protocol:
+            old, new = dataclasses.asdict(self.protocol), dataclasses.asdict(protocol)
             differences = "; ".join(
                 f"{name}: {old[name]!r} and {new[name]!r}" for name in old if old[name] != new[name]
             )
             raise ValueError(f"Figures of different protocols cannot stand in one table: {differences}.")
-        key = (result.model, result.sampler, result.nfe)
-        self.results = [r for r in self.results if (r.model, r.sampler, r.nfe) != key] + [result]
+        if any(r.weights != weights for r in self.of(model)):
+            raise ValueError(
+                f"The report has figures of another {model}, with other weights or another scheduler: put those of "
+                "this one elsewhere, or delete the report."
+            )
 
     def of(self, model: str) -> list[Result]:
         """The results of one model, by number of evaluations."""
         return sorted((r for r in self.results if r.model == model), key=lambda r: r.nfe)
-
-    def best(self, model: str, metric: str = "fid") -> Result | None:
-        """The result with the lowest `metric`."""
-        return min(self.of(model), key=lambda r: r.metrics[metric], default=None)
 
     def table(self, metrics: Iterable[str] | None = None) -> str:
         """A Markdown table, with the protocol below it."""
         if not self.results:
             return ""
         names = list(metrics or self.results[0].metrics)
-        rows = [["model", "sampler", "NFE", *(TITLES.get(name, name) for name in names), "s per 1,000"]]
+        rows = [["model", "sampler", "NFE", *(TITLES.get(name, _plain(name)) for name in names), "s per 1,000"]]
         for model in dict.fromkeys(result.model for result in self.results):
             for r in self.of(model):
                 figures = [r.text(name) for name in names]
-                rows.append([r.model, r.sampler, str(r.nfe), *figures, f"{r.seconds_per_1000:.3g}"])
+                rows.append([_plain(r.model), _plain(r.sampler), str(r.nfe), *figures, f"{r.seconds_per_1000:.3g}"])
         rows.insert(1, ["---"] * len(rows[0]))
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([*lines, "", f"{self.protocol}."])
+        protocol = self.results[0].protocol
+        named = dataclasses.replace(
+            protocol, features=_plain(protocol.features), reference=_plain(protocol.reference),
+            images=_plain(protocol.images), features_digest=_plain(protocol.features_digest),
+        )  # fmt: skip
+        return "\n".join([*lines, "", f"{named}."])
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps([dataclasses.asdict(result) for result in self.results], indent=2) + "\n")
+        """Write JSON, whole or not at all."""
+        write_whole(Path(path), json.dumps([dataclasses.asdict(result) for result in self.results], indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -143,6 +161,18 @@ class Report:
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no evaluation: {error}") from error
         return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its final place, then move it there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown shows it, with nothing in it that would make a cell, a link, a picture or a tag."""
+    return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 TITLES = {

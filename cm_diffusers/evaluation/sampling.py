@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cm_diffusers.evaluation.digests import network_digest
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import GuidedDenoiser
@@ -26,12 +29,24 @@ class Sampler:
         nfe (`int`): network evaluations per image.
         draw (`Callable`): from a list of seeds to images of shape `(batch, channels, height, width)` in uint8. An
             image depends on its seed alone.
+        network (`nn.Module`, *optional*): that draws them.
+        config (`Mapping`, *optional*): of its scheduler.
     """
 
     model: str
     description: str
     nfe: int
     draw: Callable[[Sequence[int]], Tensor]
+    network: nn.Module | None = None
+    config: Mapping[str, Any] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and the scheduler: what tells this model from another of the same name. Empty if unknown."""
+        if self.network is None:
+            return ""
+        config = {name: value for name, value in (self.config or {}).items() if not name.startswith("_")}
+        return network_digest(self.network, json.dumps(config, sort_keys=True, default=str))
 
 
 def student_sampler(
@@ -45,7 +60,11 @@ def student_sampler(
         nfe (`int`): steps.
         guidance_scale (`float`): of a class-conditional student; doubles the evaluations where it is not 1.
         class_label (`int`, *optional*): the class of all images; all classes in turn when `None`.
+
+    Raises:
+        `ValueError`: for an `nfe` that the student's grid does not have.
     """
+    pipeline.scheduler.set_timesteps(nfe)
 
     def draw(seeds: Sequence[int]) -> Tensor:
         null = pipeline.config.null_class_label
@@ -57,8 +76,8 @@ def student_sampler(
         return eight_bits(images, (0.0, 1.0))
 
     guided = guidance_scale != 1
-    description = "multistep consistency" + f", guidance {guidance_scale:g}" * guided
-    return Sampler(name, description, nfe * (1 + guided), draw)
+    description = "multistep consistency" + _extras(guidance_scale, class_label)
+    return Sampler(name, description, nfe * (1 + guided), draw, pipeline.unet, pipeline.scheduler.config)
 
 
 def teacher_sampler(
@@ -108,8 +127,15 @@ def teacher_sampler(
             integrate(denoise, sample, sigmas, SOLVERS[solver], **conditioning), teacher.preconditioning.image_range
         )
 
-    description = {"heun": "Heun", "euler": "DDIM"}[solver] + f", guidance {guidance_scale:g}" * guided
-    return Sampler(name, description, nfe * (1 + guided), draw)
+    method = {"heun": "Heun", "euler": "DDIM"}[solver]
+    description = f"{method}, sigma {low:.3g} to {high:.3g}" + _extras(guidance_scale, class_label)
+    return Sampler(name, description, nfe * (1 + guided), draw, teacher.unet, teacher.scheduler.config)
+
+
+def _extras(guidance_scale: float, class_label: int | None) -> str:
+    """What a sampler's description says only where it is out of the ordinary."""
+    guidance = f", guidance {guidance_scale:g}" if guidance_scale != 1 else ""
+    return guidance + (f", class {class_label}" if class_label is not None else "")
 
 
 def class_labels(
@@ -130,6 +156,12 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def eight_bits(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Images as they are saved: clipped and rounded to uint8."""
+    """Images as they are saved: clipped and rounded to uint8.
+
+    Raises:
+        `FloatingPointError`: if a value is not finite, as a diverged model's are.
+    """
+    if not images.isfinite().all():
+        raise FloatingPointError("Images with values that are not finite cannot be measured: the model has diverged.")
     low, high = value_range
     return ((images.float() - low) / (high - low) * 255).clamp(0, 255).round().to(torch.uint8)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +22,8 @@ def map_shared(
         batch_size (`int`): items of one call, on each process.
         work (`Callable`): from indices to tensors whose first dimension is theirs.
         description (`str`): of the progress bar.
+
+    What `work` raises on one process, all raise.
     """
     state = PartialState()
     share = math.ceil(count / state.num_processes)
@@ -29,10 +31,17 @@ def map_shared(
     mine = [(state.process_index + turn * state.num_processes) % count for turn in range(share)]
     bar = tqdm(total=share, desc=description, leave=False, disable=not state.is_main_process)
     found: list[tuple[Tensor, ...]] = []
-    for start in range(0, share, batch_size):
-        found.append(tuple(part.cpu() for part in work(mine[start : start + batch_size])))
-        bar.update(len(mine[start : start + batch_size]))
+    failed: Exception | None = None
+    try:
+        for start in range(0, share, batch_size):
+            found.append(tuple(part.cpu() for part in work(mine[start : start + batch_size])))
+            bar.update(len(mine[start : start + batch_size]))
+    except Exception as error:
+        failed = error
     bar.close()
+    for failure in gather_object([failed]):
+        if failure is not None:
+            raise failure
     return tuple(_gathered(torch.cat(parts), count) for parts in zip(*found, strict=True))
 
 

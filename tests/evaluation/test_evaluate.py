@@ -1,6 +1,7 @@
 """Whole evaluations: the same on any number of processes, with references read once."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from cm_diffusers.evaluation.classifier import DomainClassifier
 from cm_diffusers.evaluation.neighbours import nearest
 from cm_diffusers.evaluation.plots import plot_training
 from cm_diffusers.evaluation.reference import reference_features
+from cm_diffusers.evaluation.sampling import eight_bits
+from cm_diffusers.training.data import prepare_dataset
+from cm_diffusers.training.images import ImageSpec
 
 REAL = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -51,9 +55,9 @@ def sampler(shift=0.0):
     return Sampler("student", "test", 1, draw)
 
 
-def evaluator(**changes):
+def evaluator(network=None, reference=None, **changes):
     arguments = {"num_images": 50, "batch_size": 16, **changes}
-    return Evaluator(load_features(Patches()), Reference(REAL, "noise"), **arguments)
+    return Evaluator(load_features(network or Patches()), reference or Reference(REAL, "noise"), **arguments)
 
 
 def test_figures_do_not_depend_on_the_batch_size():
@@ -77,32 +81,95 @@ def test_repetitions_use_other_seeds():
 
 
 def test_any_number_of_processes_gives_the_same(tmp_path):
-    found = []
-    for ranks in (1, 3):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        file = tmp_path / f"{ranks}.json"
-        subprocess.run(
-            [*(launcher if ranks > 1 else [sys.executable]), str(Path(__file__)), str(file)], check=True, timeout=120,
-            env=environment(PYTHONPATH=f"{TESTS}:{TESTS.parent}"),
-        )  # fmt: skip
-        found.append(Report.load(file).results[0])
-    assert found[0].metrics == pytest.approx(found[1].metrics, rel=1e-5)
-    assert found[0].protocol == found[1].protocol
+    """Whatever their caches hold; what goes wrong on one, all say. See the end of this file."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    done = subprocess.run(
+        [*launcher, __file__, str(tmp_path)], timeout=120, capture_output=True, text=True,
+        env=environment(PYTHONPATH=f"{TESTS}:{TESTS.parent}"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "cannot be kept in" in done.stderr
+    alone = evaluator(num_images=31, batch_size=4).measure(sampler())
+    for name in ("computed", "kept", "not to be kept"):
+        found = Report.load(tmp_path / f"{name}.json").results[0]
+        assert found.metrics == pytest.approx(alone.metrics, rel=1e-5)
+        assert found.protocol == alone.protocol
 
 
 def test_a_reference_is_seen_once_whoever_asks(cache):
     network = Patches()
-    first = Evaluator(load_features(network), Reference(REAL, "noise"), 10)
+    first = evaluator(network, num_images=10)
     first.measure(sampler())
     assert network.seen == 60 + 10
-    Evaluator(load_features(network), Reference(REAL.clone(), "the same pixels"), 10).measure(sampler())
-    assert network.seen == 60 + 20
-    Evaluator(load_features(network), Reference(REAL[:59], "fewer"), 10).measure(sampler())
-    assert network.seen == 60 + 59 + 30
+    first.measure(sampler())
+    assert network.seen == 60 + 2 * 10
+    # The first batch tells whether what is kept still holds.
+    evaluator(network, Reference(REAL.clone(), "the same pixels"), num_images=10).measure(sampler())
+    assert network.seen == 60 + 16 + 3 * 10
+    evaluator(network, Reference(REAL[:59], "fewer"), num_images=10).measure(sampler())
+    assert network.seen == 60 + 59 + 16 + 4 * 10
     network.weight.data += 1  # another network
-    Evaluator(load_features(network), Reference(REAL, "noise"), 10).measure(sampler())
-    assert network.seen == 2 * 60 + 59 + 40
+    evaluator(network, num_images=10).measure(sampler())
+    assert network.seen == 2 * 60 + 59 + 16 + 5 * 10
     assert len(list(cache.iterdir())) == 3
+
+
+def test_features_of_code_that_changed_are_made_anew(caplog):
+    class Means(nn.Module):
+        scale = 1.0
+
+        def forward(self, images):
+            return images.float().mean((2, 3)) * self.scale
+
+    network = Means()
+    reference_features(load_features(network), Reference(REAL, "noise"), 16)
+    Means.scale = 1 / 255  # neither the weights nor the source of the class show it
+    found = reference_features(load_features(network), Reference(REAL, "noise"), 16)
+    torch.testing.assert_close(found, REAL.float().mean((2, 3)) / 255)
+    assert "is not what the network gives now" in caplog.text
+
+
+def test_the_source_of_a_network_is_part_of_its_digest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, factor in (("net_one", 1), ("net_same", 1), ("net_other", 2)):
+        lines = "import torch", "class Net(torch.nn.Module):", f"    def forward(self, x): return {factor} * x"
+        (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    one, same, other = (load_features(f"{name}:Net").digest for name in ("net_one", "net_same", "net_other"))
+    assert one == same != other
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(tmp_path / "file"))
+    assert len(reference_features(load_features(Patches()), Reference(REAL, "noise"), 16)) == 60
+    assert "cannot be kept in" in caplog.text
+
+
+def test_a_limited_reference_is_spread_over_the_data():
+    images = torch.linspace(-1, 1, 11).reshape(11, 1, 1, 1).expand(-1, 1, 4, 4)
+    dataset = prepare_dataset(images, ImageSpec(1, 4, 4))
+    values = [Reference.from_dataset(dataset, "ramp", limit).images[:, 0, 0, 0].tolist() for limit in (3, None, 99)]
+    assert values[0] == [0, 128, 255]
+    assert values[1] == values[2] and len(values[1]) == 11
+    for limit in (0, -3):
+        with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
+            Reference.from_dataset(dataset, "ramp", limit)
+
+
+def test_images_that_cannot_be_read_are_left_out():
+    images = torch.arange(6.0).reshape(6, 1, 1, 1).expand(-1, 1, 4, 4).clone() / 5 * 2 - 1
+    images[2] = images[5] = float("nan")
+    dataset = prepare_dataset(images, ImageSpec(1, 4, 4), on_bad_image="skip")
+    found = Reference.from_dataset(dataset, "ramp").images
+    assert found[:, 0, 0, 0].tolist() == [0, 51, 153, 204]
+
+
+def test_images_of_a_diverged_model_have_no_figures():
+    def draw(seeds):
+        return eight_bits(torch.full((len(seeds), 3, 8, 8), float("nan")), (-1, 1))
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluator().measure(Sampler("student", "test", 1, draw))
 
 
 def test_a_damaged_cache_is_made_anew(cache, caplog):
@@ -124,6 +191,8 @@ def test_images_of_another_shape_are_refused():
 def test_senseless_numbers_are_refused(changes):
     with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must be at least"):
         evaluator(**changes)
+    with pytest.raises(ValueError, match="two images at least"):
+        evaluator(reference=Reference(REAL[:1], "one"))
 
 
 # Feature networks
@@ -169,6 +238,19 @@ def test_a_classifier_is_learned_and_kept(tmp_path):
     assert kept(images)[0].abs().max() <= 1
 
 
+def test_a_damaged_classifier_is_named(tmp_path):
+    DomainClassifier(1, 8, 2, width=8).save(tmp_path)
+    weights, settings = tmp_path / "classifier.safetensors", tmp_path / "classifier.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="holds no classifier"):
+        load_features(tmp_path)
+    weights.write_bytes(whole)
+    settings.write_text(settings.read_text().replace('"width": 8', '"width": 16'))
+    with pytest.raises(ValueError, match="holds no classifier"):
+        load_features(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [("vgg", "must be 'inception'"), ("no.such:thing", "cannot be imported"), (3, "must be 'inception'")],
@@ -208,6 +290,17 @@ def test_training_is_plotted(tmp_path):
     assert Image.open(tmp_path / "a.png").size == (900, 600)
 
 
+def test_training_is_plotted_under_one_protocol(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *line, **how: drawn.append(line) or plot(self, *line, **how))
+    history = [{"step": s, "nfe": 1, "fid": 1.0, "protocol": {"num_images": 10 * (s > 1)}} for s in (1, 2, 3)]
+    plot_training(history, tmp_path / "a.png")
+    assert drawn == [((2, 3), (1.0, 1.0))]
+
+
 # The command
 
 
@@ -227,27 +320,52 @@ def workspace(tmp_path):
     return tmp_path
 
 
-def test_evaluate_writes_a_report_and_adds_to_it(workspace, capsys):
+def test_evaluate_writes_a_report_and_adds_to_it(workspace, capsys, monkeypatch):
     command = [
         "evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--num_images", "12",
         "--features", "test_evaluate:Patches", "--output_dir", str(workspace / "out"),
     ]  # fmt: skip
     main([*command, "--nfes", "1", "2", "--teacher", str(workspace / "teacher"), "--teacher_nfes", "3"])
     printed = capsys.readouterr().out
-    assert (
-        "| teacher | Heun | 3 |" in printed and "12 images (3 x 8 x 8, 8 bits) against 30 of images/train" in printed
-    )
+    assert "| teacher | Heun, sigma 0.01 to 80 | 3 |" in printed
+    assert "12 images (3 x 8 x 8, 8 bits) against 30 of images/train" in printed
+    (workspace / "student" / "evaluation.jsonl").write_text('{"step": 5, "nfe": 1, "fid": 3.0}\n')
     main([*command, "--nfes", "4"])
     report = Report.load(workspace / "out" / "report.json")
     assert [r.nfe for r in report.of("student")] == [1, 2, 4]
     assert {path.name for path in (workspace / "out").iterdir()} == {
-        "report.json", "report.md", "fid.png", "neighbours.png", "samples-student-nfe-1.png",
+        "report.json", "report.md", "fid.png", "training.png", "neighbours.png", "samples-student-nfe-1.png",
         "samples-student-nfe-2.png", "samples-student-nfe-4.png", "samples-teacher-nfe-3.png",
     }  # fmt: skip
-    assert "Nearest training images of 64 samples" in (workspace / "out" / "report.md").read_text()
+    assert "Nearest reference images of 64 samples" in (workspace / "out" / "report.md").read_text()
+    monkeypatch.setattr(Evaluator, "measure", None)  # what cannot be added is not drawn
     with pytest.raises(SystemExit, match="different protocols cannot stand in one table: num_images: 12 and 13"):
         main([*command, "--nfes", "1", "--num_images", "13"])
+    weights = workspace / "student" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes((workspace / "teacher" / "unet" / weights.name).read_bytes())
+    with pytest.raises(SystemExit, match="has figures of another student"):
+        main([*command, "--nfes", "1"])
     assert len(json.loads((workspace / "out" / "report.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("option", ["--num_images=1", "--num_reference=0", "--num_reference=-3", "--repeats=0",
+                                    "--nfes=0", "--batch_size=x", "--teacher_nfes=-1"])  # fmt: skip
+def test_senseless_numbers_end_the_command(option):
+    with pytest.raises(SystemExit, match=f"{option.split('=')[0]}: must be a whole number of at least"):
+        main(["evaluate", "student", "--dataset", "images", option])
+
+
+def test_the_teacher_is_the_one_that_is_named(workspace, monkeypatch):
+    def load_teacher(*arguments):
+        raise ValueError(f"loads {arguments}")
+
+    monkeypatch.setattr("cm_diffusers.training.teacher.load_teacher", load_teacher)
+    with pytest.raises(SystemExit, match=r"loads \('me/teacher', 'v1', 'sample'\)"):
+        main([
+            "evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"),
+            "--features", "test_evaluate:Patches", "--teacher", "me/teacher", "--teacher_revision", "v1",
+            "--teacher_prediction_type", "sample",
+        ])  # fmt: skip
 
 
 def test_a_stream_needs_a_number(workspace):
@@ -256,11 +374,24 @@ def test_a_stream_needs_a_number(workspace):
               "--features", "test_evaluate:Patches"])  # fmt: skip
 
 
+def nan_in_image_1(seeds):
+    images = [torch.full((3, 8, 8), float("nan") if seed == 1 else 0.0) for seed in seeds]
+    return eight_bits(torch.stack(images), (-1, 1))
+
+
 if __name__ == "__main__":
     from accelerate import PartialState
 
-    state = PartialState(cpu=True)
-    report = Report([evaluator(num_images=31, batch_size=4).measure(sampler())])
-    if state.is_main_process:
-        report.save(sys.argv[1])
+    state, folder = PartialState(cpu=True), Path(sys.argv[1])
+    (folder / "file").touch()
+    own = str(folder / f"cache-{state.process_index}")  # as on hosts of their own: only the main one finds something
+    for name, place in (("computed", own), ("kept", own), ("not to be kept", str(folder / "file"))):
+        os.environ["CM_DIFFUSERS_CACHE"] = place
+        report = Report([evaluator(num_images=31, batch_size=4).measure(sampler())])
+        if state.is_main_process:
+            report.save(folder / f"{name}.json")
+    with pytest.raises(ValueError, match="do not have the same reference images"):
+        evaluator(reference=Reference(REAL[state.process_index :], "other")).measure(sampler())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluator().measure(Sampler("student", "test", 1, nan_in_image_1))
     state.destroy_process_group()

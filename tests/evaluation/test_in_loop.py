@@ -1,17 +1,20 @@
 """Evaluation while a run trains: it changes nothing, survives a resume, and keeps the best."""
 
 import json
+import random
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import build_unet
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.evaluation import Reference
-from cm_diffusers.evaluation.in_loop import read_history, without_augmentation
+from cm_diffusers.evaluation.in_loop import forget_after, own_randomness, read_history, without_augmentation
 from cm_diffusers.training.data import prepare_dataset
 from cm_diffusers.training.images import ImageSpec
 
@@ -24,12 +27,40 @@ class Corners(nn.Module):
         return images[..., :2, :2].float().flatten(1)
 
 
+class DarkCorners(nn.Module):
+    def forward(self, images):
+        return images[..., :2, :2].float().flatten(1) / 1000
+
+
+class Flipping(Dataset):
+    """Mirrors images by the global random numbers."""
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, row):
+        return IMAGES[row].flip(-1) if torch.rand(()) < 0.5 else IMAGES[row]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(IMAGES)
+
+
+class OnlyOnce(IterableDataset):
+    def __init__(self):
+        self.only = iter(IMAGES)
+
+    def __iter__(self):
+        return self.only
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(tmp_path / "cache"))
 
 
-def make_trainer(folder, **changes):
+def make_trainer(folder, data=IMAGES, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {
         "distance": "pseudo_huber", "num_levels": 5, "batch_size": 8, "max_train_steps": 6, "conversion_steps": 2,
@@ -37,7 +68,7 @@ def make_trainer(folder, **changes):
         "learning_rate": 1e-2, "eval_features": FEATURES, "eval_num_images": 12, "checkpoint_steps": 4,
     }  # fmt: skip
     config = ConsistencyConfig.from_dict({**settings, **changes})
-    return ConsistencyTrainer(config, teacher=(build_unet(), diffusers.DDPMScheduler()), train_dataset=IMAGES)
+    return ConsistencyTrainer(config, teacher=(build_unet(), diffusers.DDPMScheduler()), train_dataset=data)
 
 
 def weights(network):
@@ -85,10 +116,103 @@ def test_a_resumed_run_forgets_what_it_has_not_done_yet(tmp_path):
     assert [entry["step"] for entry in history] == [3, 4, 5, 6, 7, 8]
 
 
+def test_a_run_begins_with_no_figures_of_another(tmp_path):
+    make_trainer(tmp_path, eval_steps=3, checkpoint_steps=0).train()
+    (tmp_path / ".best-killed").mkdir()
+    trainer = make_trainer(tmp_path, eval_steps=3, checkpoint_steps=0, learning_rate=1e-5)
+    trainer.train()
+    history = read_history(tmp_path / "evaluation.jsonl")
+    assert [entry["step"] for entry in history] == [3, 6, 8]
+    best = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert best == min(history, key=lambda entry: entry["fid"])
+    make_trainer(tmp_path, checkpoint_steps=0).train()
+    assert not (tmp_path / "evaluation.jsonl").exists() and not list(tmp_path.glob("*best*"))
+
+
+def test_figures_of_other_protocols_do_not_decide_which_is_best(tmp_path):
+    make_trainer(tmp_path, eval_steps=2, max_train_steps=2, eval_features="test_in_loop:DarkCorners").train()
+    forget_after(tmp_path, 4)  # nothing is of later
+    found = [entry["fid"] for entry in read_history(tmp_path / "evaluation.jsonl")]
+    same = make_trainer(tmp_path, eval_steps=2, eval_features="test_in_loop:DarkCorners", resume="auto")
+    same.evaluation.start()
+    assert same.evaluation.best == found[0]
+    other = make_trainer(tmp_path, eval_steps=2, resume="auto")
+    other.evaluation.start()
+    assert other.evaluation.best == float("inf")
+
+
+def test_the_best_student_is_replaced_whole(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_steps=1)
+    trainer.evaluation(trainer.pipeline(), 1)
+    before = sorted(path.name for path in (tmp_path / "best").iterdir())
+    trainer.evaluation.best = float("inf")
+
+    def fill_the_disk(self, folder):
+        folder.mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ConsistencyPipeline, "save_pretrained", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        trainer.evaluation(trainer.pipeline(), 2)
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == before
+    assert not list(tmp_path.glob(".best-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_features": "nonsense"}, "`features` must be"),
+        ({"eval_num_images": 1}, "`eval_num_images` must be at least 2"),
+        ({"eval_num_reference": 1}, "`eval_num_reference` must be at least 2"),
+        ({"eval_nfes": [1, 40]}, "`eval_nfes` holds 40"),
+        ({"data": OnlyOnce()}, "`eval_steps` needs training images that can be read again"),
+    ],
+)
+def test_what_cannot_work_is_found_before_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, eval_steps=4, **changes)
+
+
+@pytest.mark.parametrize("data", [Flipping, Stream])
+def test_the_reference_does_not_disturb_training(tmp_path, data):
+    found = []
+    for steps in (0, 2):
+        trainer = make_trainer(tmp_path / str(steps), data=data(), eval_steps=steps)
+        trainer.train()
+        found.append(weights(trainer.unet))
+    assert torch.equal(*found)
+
+
+def test_own_random_numbers_are_the_same_and_leave_no_trace():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    states = random.getstate(), torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        with own_randomness(3):
+            found.append(draw())
+    assert found[0] == found[1]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_a_dataset_is_named_without_its_place(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    trainer = make_trainer(tmp_path / "run", eval_steps=4, dataset=str(tmp_path / "pictures"))
+    assert str(tmp_path) not in trainer.evaluation.evaluator.reference.name
+
+
+def test_a_diverged_student_has_no_figures_and_ends_no_run(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, eval_steps=1)
+    next(trainer.ema.network.parameters()).data.fill_(float("nan"))
+    trainer.evaluation(trainer.pipeline(), 1)
+    assert "the model has diverged" in caplog.text
+    assert read_history(tmp_path / "evaluation.jsonl") == [] and not (tmp_path / "best").exists()
+
+
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_the_reference_is_neither_cropped_at_random_nor_flipped(center_crop):
     import datasets
-    import numpy as np
 
     wide = np.random.default_rng(0).integers(0, 256, (9, 8, 16, 3), dtype=np.uint8)
     table = datasets.Dataset.from_dict({"image": list(wide)}, features=datasets.Features({"image": datasets.Image()}))

@@ -86,16 +86,25 @@ def test_inception_score_by_definition(generator):
 
 
 def test_halves_of_one_set_are_near(generator):
-    features = torch.randn(8000, 16, generator=generator)
-    found = all_metrics(features[:4000], features[4000:])
+    features = torch.randn(3000, 8, generator=generator)
+    found = all_metrics(features[:1500], features[1500:])
     assert 0 <= found["fid"] < 0.1
     assert abs(found["kid"]) < 0.01
     assert found["precision"] == pytest.approx(found["recall"], abs=0.03)
     assert found["density"] == pytest.approx(1, abs=0.05)
     assert found["coverage"] > 0.95
-    far = all_metrics(features[:4000] + 3, features[4000:])
-    assert far["fid"] == pytest.approx(16 * 9, rel=0.05)
-    assert far["precision"] < 0.05 and far["coverage"] < 0.05
+    far = features[:1500] + 3, features[1500:]
+    assert frechet_distance(*far) == pytest.approx(8 * 9, rel=0.05)
+    assert precision_recall(*far)[0] < 0.05 and density_coverage(*far)[1] < 0.05
+
+
+def test_data_sorted_by_class_give_the_figures_of_shuffled_ones(generator, monkeypatch):
+    monkeypatch.setattr("cm_diffusers.evaluation.metrics.MOST_FOR_NEIGHBOURS", 200)
+    centers = 20 * torch.randn(10, 6, generator=generator)
+    reference = centers.repeat_interleave(100, 0) + torch.randn(1000, 6, generator=generator)
+    samples = centers.repeat(20, 1) + torch.randn(200, 6, generator=generator)
+    found = all_metrics(samples, reference)
+    assert found["precision"] > 0.5 and found["density"] > 0.5 and found["coverage"] > 0.8
 
 
 @pytest.mark.parametrize(

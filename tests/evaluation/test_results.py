@@ -7,9 +7,11 @@ from cm_diffusers.evaluation import Protocol, Report, Result
 PROTOCOL = Protocol("inception", "abcd", "3 x 8 x 8, 8 bits", 1000, "cifar10/train", "ef01", 50_000)
 
 
-def result(model="student", nfe=1, fid=3.0, protocol=PROTOCOL, repetitions=1, sampler="multistep"):
+def result(model="student", nfe=1, fid=3.0, protocol=PROTOCOL, repetitions=1, sampler="multistep", weights="12"):
     found = [{"fid": fid + shift, "kid": 0.1} for shift in range(repetitions)]
-    return Result.over(found, model=model, sampler=sampler, nfe=nfe, seconds_per_1000=2.0, protocol=protocol)
+    return Result.over(
+        found, model=model, sampler=sampler, nfe=nfe, seconds_per_1000=2.0, protocol=protocol, weights=weights
+    )
 
 
 def test_repetitions_give_a_mean_and_a_spread():
@@ -40,8 +42,6 @@ def test_the_table_names_its_protocol_and_is_sorted():
     assert lines[-1].startswith(
         "1,000 images (3 x 8 x 8, 8 bits) against 50,000 of cifar10/train, features: inception"
     )
-    assert report.best("student").nfe == 4
-    assert report.best("nobody") is None
     assert Report().table() == ""
 
 
@@ -51,6 +51,32 @@ def test_a_figure_that_is_measured_again_replaces_the_old():
     assert [r.metrics["fid"] for r in report.results] == [2.0]
     report.add(result(sampler="another"))
     assert len(report.results) == 2
+
+
+def test_two_students_are_not_mixed():
+    report = Report([result(nfe=1), result(nfe=2), result("teacher", weights="78")])
+    with pytest.raises(ValueError, match="has figures of another student, with other weights"):
+        report.add(result(nfe=1, weights="34"))
+    assert len(report.results) == 3
+
+
+def test_names_cannot_break_the_table():
+    bad = "a|b <img src=x>\n![c](https://d)"
+    protocol = dataclasses.replace(PROTOCOL, reference=bad, features=bad)
+    lines = Report([result(bad, sampler=bad, protocol=protocol)]).table().splitlines()
+    assert len(lines) == 5
+    shown = r"a\|b \<img src=x\> !\[c\](https://d)"
+    assert lines[2].startswith(f"| {shown} | {shown} | 1 |")
+    assert f"of {shown}, features: {shown} [abcd]" in lines[4]
+
+
+def test_a_report_is_written_whole(tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    Report([result()]).save(file)
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)  # the run is killed before it has all
+    with pytest.raises(ZeroDivisionError):
+        Report([result(fid=9.0)]).save(file)
+    assert Report.load(file) == Report([result()])
 
 
 def test_a_report_survives_its_file(tmp_path):

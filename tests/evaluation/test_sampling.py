@@ -63,7 +63,30 @@ def test_guidance_counts_double():
     sampler.draw([0, 1, 2])
     assert sum(seen) == 3 * sampler.nfe == 12
     guided = teacher_sampler(teacher(num_class_embeds=5), 3, guidance_scale=2.0, null_class_label=4)
-    assert (guided.nfe, guided.description) == (6, "Heun, guidance 2")
+    assert (guided.nfe, guided.description) == (6, "Heun, sigma 0.01 to 80, guidance 2")
+
+
+def test_what_is_drawn_is_described():
+    model = student(num_class_embeds=5)
+    assert student_sampler(model, 2, class_label=3).description == "multistep consistency, class 3"
+    ends = teacher_sampler(teacher(), 3, sigma_min=0.1, sigma_max=10)
+    assert ends.description == "Heun, sigma 0.1 to 10"
+
+
+def test_the_digest_tells_weights_and_schedulers_apart():
+    model = student()
+    first = student_sampler(model, 1).digest
+    assert student_sampler(student(), 2).digest == first
+    model.scheduler.register_to_config(sigma_max=40.0)
+    assert student_sampler(model, 1).digest != first
+    other = student()
+    next(other.unet.parameters()).data += 1
+    assert student_sampler(other, 1).digest != first
+
+
+def test_more_steps_than_the_grid_has_are_refused_before_anything_is_drawn():
+    with pytest.raises(ValueError, match="exceeds the"):
+        student_sampler(student(), 5000)
 
 
 def test_the_teachers_images_are_the_ends_of_its_ode():
@@ -93,3 +116,5 @@ def test_classes_take_turns_without_the_null_class():
 def test_eight_bits_round_and_clip():
     values = torch.tensor([-3.0, -1.0, 0.0, 0.0039, 1.0, 2.0])
     assert eight_bits(values, (-1.0, 1.0)).tolist() == [0, 0, 128, 128, 255, 255]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        eight_bits(torch.tensor([0.0, float("nan")]), (-1.0, 1.0))
