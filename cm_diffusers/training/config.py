@@ -138,14 +138,17 @@ class ConsistencyConfig:
     eval_steps: int = _option(0, "steps between evaluations against the training images; 0: none")
     eval_features: str = _option("inception", "feature network: inception, a classifier's folder, or module:function")
     eval_num_images: int = _option(1_000, "images drawn for an evaluation")
-    eval_num_reference: int = _option(10_000, "training images they are compared with, the first")
+    eval_num_reference: int = _option(10_000, "training images they are compared with, spread evenly")
     eval_nfes: list[int] = _option([1], "numbers of steps to evaluate; the best student is the first one's")
     push_to_hub: bool = _option(False, "publish the student on the Hub when the run ends")
     hub_model_id: str | None = _option(None, "its name there; by default that of output_dir, under your account")
     hub_private_repo: bool | None = _option(None, "a new repository is private; by default your account's setting")
     hub_revision: str | None = _option(None, "branch to push to")
     hub_strategy: Literal["end", "checkpoint"] = _option("end", "push at the end, or with every checkpoint, too")
-    hub_token: str | None = _option(None, "by default that of `hf auth login` or HF_TOKEN; written nowhere")
+    hub_token: str | None = field(
+        default=None, repr=False,
+        metadata={"help": "by default that of `hf auth login` or HF_TOKEN; written nowhere"},
+    )  # fmt: skip
     tracker: str = _option("tensorboard", "tracker of accelerate: tensorboard, wandb, ... or none")
 
     def __post_init__(self) -> None:
@@ -178,7 +181,7 @@ class ConsistencyConfig:
         positive = (
             "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
             "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit "
-            "s0 max_bad_steps distributed_timeout eval_num_images eval_num_reference"
+            "s0 max_bad_steps distributed_timeout"
         )
         for name in positive.split():
             self._require(name, lambda value: value > 0, "positive")
@@ -194,6 +197,8 @@ class ConsistencyConfig:
         self._require("max_grad_norm", lambda value: value > 0, "positive")
         self._require("adam_betas", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two in [0, 1)")
         self._require("sample_nfes", lambda nfes: all(n >= 1 for n in nfes), "positive")
+        for name in ("eval_num_images", "eval_num_reference"):
+            self._require(name, lambda value: value >= 2, "at least 2")
         self._require("eval_nfes", lambda nfes: nfes and all(n >= 1 for n in nfes), "positive, and one at least")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise ValueError(f"Need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.")
@@ -216,6 +221,11 @@ class ConsistencyConfig:
     def from_yaml(cls, path: str | Path, **overrides: Any) -> ConsistencyConfig:
         """A config from a YAML file, with `overrides` on top."""
         return cls.from_dict({**read_yaml(path), **overrides})
+
+    def hub_options(self) -> list[str]:
+        """The names of the options of publishing that are set."""
+        hub = (spec for spec in dataclasses.fields(self) if spec.name.startswith("hub_"))
+        return [spec.name for spec in hub if getattr(self, spec.name) != spec.default]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them, without the token."""

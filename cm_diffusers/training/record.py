@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
 
+from cm_diffusers import __version__
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.runtime import precision
 from cm_diffusers.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-RECORD = "training.json"
+RECORD, SAMPLES = "training.json", "samples.png"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHOICES = (
     "levels num_levels s0 s1 level_distribution source solver target mu mu_schedule distance weighting guidance_scale"
@@ -81,7 +83,8 @@ class TrainingRecord:
         """The record of a run.
 
         Args:
-            config, teacher, accelerator, student, dataset_identity: the run's.
+            config, teacher, accelerator, dataset_identity: the run's.
+            student: its network, whole.
             progress: the fields that count.
         """
         device, count = accelerator.device, accelerator.num_processes
@@ -125,13 +128,15 @@ def describe_teacher(teacher: Teacher) -> dict[str, Any]:
 
 
 def public_name(source: str | None) -> str | None:
-    """A Hub id, or the name of a folder or file without its place on this machine."""
-    return Path(source).name if source is not None and Path(source).exists() else source
+    """A Hub id, or the name of a folder, file or URL without its place."""
+    if source is None or (HUB_ID.fullmatch(source) and not Path(source).exists()):
+        return source
+    return Path(urlsplit(source).path).resolve().name
 
 
 def package_versions() -> dict[str, str]:
-    names = ("cm_diffusers", "diffusers", "torch", "accelerate", "datasets")
-    return {name: importlib.metadata.version(name) for name in names}
+    others = ("diffusers", "torch", "accelerate", "datasets")
+    return {"cm_diffusers": __version__} | {name: importlib.metadata.version(name) for name in others}
 
 
 def hardware_name(device: torch.device) -> str:

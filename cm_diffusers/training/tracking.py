@@ -162,35 +162,35 @@ def log_samples(
     """
     pipeline.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, config.num_samples, accelerator.num_processes)
-    labels = _labels(pipeline, config.num_samples)
     for nfe in config.sample_nfes:
-        drawn = []
-        for start in range(0, len(mine), config.batch_size):
-            part = mine[start : start + config.batch_size]
-            drawn += list(
-                pipeline(
-                    batch_size=len(part),
-                    class_labels=None if labels is None else [labels[index] for index in part],
-                    num_inference_steps=nfe,
-                    generator=[torch.Generator().manual_seed(index) for index in part],
-                    output_type="np",
-                ).images
-            )
-        pairs = gather_object(list(zip(mine, drawn, strict=True)))
+        pairs = gather_object(list(zip(mine, _draw(pipeline, config, mine, nfe), strict=True)))
         if accelerator.is_main_process:
             images = np.stack([image for _, image in sorted(pairs, key=lambda pair: pair[0])])
             save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
             _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
 
 
-def save_samples(pipeline: ConsistencyPipeline, count: int, file: Path) -> None:
+def save_samples(pipeline: ConsistencyPipeline, config: ConsistencyConfig, file: Path) -> None:
     """One grid of images in one step, drawn by this process alone, from the noise of [`log_samples`]."""
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        batch_size=count, class_labels=_labels(pipeline, count), output_type="np",
-        generator=[torch.Generator().manual_seed(index) for index in range(count)],
-    ).images  # fmt: skip
-    save_grid(images, file)
+    save_grid(np.stack(_draw(pipeline, config, range(config.num_samples), 1)), file)
+
+
+def _draw(pipeline: ConsistencyPipeline, config: ConsistencyConfig, indices: range, nfe: int) -> list[np.ndarray]:
+    """The images of some of the indices, no more at once than a step trains on."""
+    labels, drawn = _labels(pipeline, config.num_samples), []
+    for start in range(0, len(indices), config.batch_size):
+        part = indices[start : start + config.batch_size]
+        drawn += list(
+            pipeline(
+                batch_size=len(part),
+                class_labels=None if labels is None else [labels[index] for index in part],
+                num_inference_steps=nfe,
+                generator=[torch.Generator().manual_seed(index) for index in part],
+                output_type="np",
+            ).images
+        )
+    return drawn
 
 
 def _labels(pipeline: ConsistencyPipeline, count: int) -> list[int] | None:

@@ -32,7 +32,7 @@ from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, 
 from cm_diffusers.training.phases import Phase, make_phases
 from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
 from cm_diffusers.training.randomness import SampleRandom, mixed
-from cm_diffusers.training.record import TrainingRecord
+from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
     autocast,
@@ -70,6 +70,7 @@ class ConsistencyTrainer:
 
     Raises:
         `ValueError`, `TypeError`: for a config, teacher or dataset that cannot work.
+        [`~cm_diffusers.hub.push.PushError`]: with `push_to_hub`, if the Hub does not let the run push.
 
     Example:
         ```py
@@ -85,10 +86,12 @@ class ConsistencyTrainer:
         self.accelerator = make_accelerator(config)
         if config.resume is None:
             on_main(self.accelerator, lambda: checkpoints.refuse_to_start_anew(self.output_dir / CHECKPOINTS))
+        on_main(self.accelerator, self._check_publishing)
         set_seed(config.seed)
 
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
         unet, self.scheduler = prepare_student(config, self.teacher)
+        self._check_steps()
         self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator)
         self.dataset_identity = identify(self.dataset)
         set_seed(config.seed, device_specific=True)
@@ -110,12 +113,30 @@ class ConsistencyTrainer:
             self.batches, self._identity(),
         )  # fmt: skip
         self.step, self._seconds_before, self._started = 0, 0.0, time.monotonic()
+        self.evaluation = self._prepare_evaluation()
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         self.meter = Meter(
             self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
         )
 
     # Preparation ----------------------------------------------------------------------------------------------------
+
+    def _check_steps(self) -> None:
+        """Refuse numbers of sampling steps that the student could not take."""
+        config, scheduler = self.config, ConsistencyScheduler.from_config(self.scheduler.config)
+        sampled, evaluated = config.sample_nfes * bool(config.sample_steps), config.eval_nfes * bool(config.eval_steps)
+        for name, nfes in (("sample_nfes", sampled), ("eval_nfes", evaluated)):
+            for nfe in nfes:
+                try:
+                    scheduler.set_timesteps(nfe)
+                except ValueError as error:
+                    raise ValueError(f"`{name}` holds {nfe}, which the student cannot take: {error}") from error
+
+    def _check_publishing(self) -> None:
+        if self.config.push_to_hub:
+            self.publisher.check()
+        elif ignored := self.config.hub_options():
+            logger.warning("%s: of no effect on the run without `push_to_hub`.", ", ".join(ignored))
 
     def _load_teacher(self, source: Any) -> Teacher | None:
         if source is not None:
@@ -160,6 +181,7 @@ class ConsistencyTrainer:
             self.step, progress = self.memory.resume(self.config.resume)
             self._seconds_before, self.watch.skipped = progress.get("seconds", 0.0), int(progress.get("skipped", 0))
         self._started = time.monotonic()
+        self._resume_evaluation()
         self.check_teacher()
         start_tracker(self.accelerator, self.config)
         self.meter.restart_clock()
@@ -336,7 +358,8 @@ class ConsistencyTrainer:
             self.meter.restart_clock()
         if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or (last and phase is self.phases[-1])):
             self.save_checkpoint()
-            if config.push_to_hub and config.hub_strategy == "checkpoint" and not last:
+            is_student = phase is self.phases[-1] and not last
+            if config.push_to_hub and config.hub_strategy == "checkpoint" and is_student:
                 self._publish_meanwhile()
             self.meter.restart_clock()
 
@@ -346,12 +369,10 @@ class ConsistencyTrainer:
         return ConsistencyPipeline(whole(self.ema.network), scheduler, self.config.null_class_label)
 
     def save(self, pipeline: ConsistencyPipeline) -> None:
-        """Save the student beside its final place, then move it there, part by part."""
+        """Save the student beside its final place, then move it there, part by part; then what is told of it."""
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL_STUDENT, dir=self.output_dir))
         try:
             pipeline.save_pretrained(partial)
-            self.record().save(partial)
-            save_samples(pipeline, self.config.num_samples, partial / "samples.png")
             for part in sorted(partial.iterdir()):
                 place = self.output_dir / part.name
                 if place.is_dir():
@@ -359,6 +380,13 @@ class ConsistencyTrainer:
                 os.replace(part, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        for old in (RECORD, SAMPLES):
+            (self.output_dir / old).unlink(missing_ok=True)
+        try:
+            self.record(pipeline.unet).save(self.output_dir)
+            save_samples(pipeline, self.config, self.output_dir / SAMPLES)
+        except Exception:  # whatever it is, the student is safe and matters more
+            logger.warning("The student is saved, but without its record or samples:", exc_info=True)
 
     def save_checkpoint(self) -> Path:
         """Write everything that the next step depends on, and drop old checkpoints. Called on all ranks.
@@ -379,11 +407,11 @@ class ConsistencyTrainer:
         for folder in self.output_dir.glob(f"{PARTIAL_STUDENT}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def record(self) -> TrainingRecord:
-        """The facts of the run so far."""
+    def record(self, student: Any) -> TrainingRecord:
+        """The facts of the run so far. The `student` is the network that is saved, whole on this process."""
         before = self.phases[-1].start
         return TrainingRecord.of_run(
-            self.config, self.teacher, self.accelerator, self.unet, self.dataset_identity,
+            self.config, self.teacher, self.accelerator, student, self.dataset_identity,
             conversion_steps=min(self.step, before), steps=max(self.step - before, 0), seconds=round(self.seconds, 1),
             images=self.step * self.global_batch_size, skipped_steps=self.watch.skipped,
         )  # fmt: skip
@@ -418,12 +446,21 @@ class ConsistencyTrainer:
         """
         return str(on_main(self.accelerator, lambda: self.publisher.push(**options)))
 
-    @cached_property
-    def evaluation(self) -> Any:
-        """What measures the student while it trains. Its first step is the one that the run has come to."""
+    def _prepare_evaluation(self) -> Any:
+        """What measures the student while it trains; `None` where nothing does."""
+        if not self.config.eval_steps:
+            return None
         from cm_diffusers.evaluation.in_loop import TrainingEvaluation
 
-        return TrainingEvaluation(self.config, self.dataset, self.accelerator, self.step - 1)
+        return TrainingEvaluation(self.config, self.dataset, self.accelerator)
+
+    def _resume_evaluation(self) -> None:
+        """Forget what a run has measured that went on from here before."""
+        from cm_diffusers.evaluation.in_loop import forget_after
+
+        on_main(self.accelerator, lambda: forget_after(self.output_dir, self.step))
+        if self.evaluation is not None:
+            self.evaluation.start()
 
     def averages(self) -> dict[str, EMA]:
         """The frozen copies that follow the student."""

@@ -508,6 +508,34 @@ def test_samples_and_numbers_are_tracked(tmp_path):
     assert {"samples/nfe_1", "samples/nfe_2"} <= set(tags["images"])
 
 
+def test_samples_are_drawn_no_more_at_once_than_a_step_trains_on(tmp_path, monkeypatch):
+    sizes, draw = [], ConsistencyPipeline.__call__
+
+    def noted(self, batch_size=1, **arguments):
+        sizes.append(batch_size)
+        return draw(self, batch_size, **arguments)
+
+    monkeypatch.setattr(ConsistencyPipeline, "__call__", noted)
+    make_trainer(tmp_path, num_samples=20).train()
+    assert sizes == [8, 8, 4] and (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", "eval"])
+def test_steps_that_the_student_cannot_take_are_refused_at_the_start(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}_nfes` holds 7, which the student cannot take"):
+        make_trainer(tmp_path, **{f"{name}_nfes": [1, 7], f"{name}_steps": 2})
+
+
+def test_a_student_is_kept_when_its_samples_fail(tmp_path, monkeypatch, caplog):
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ConsistencyPipeline, "__call__", out_of_memory)
+    trained = make_trainer(tmp_path).train()
+    assert "without its record or samples" in caplog.text
+    assert torch.equal(weights(ConsistencyPipeline.from_pretrained(tmp_path).unet), weights(trained.unet))
+
+
 def test_the_saved_student_describes_itself(tmp_path):
     make_trainer(tmp_path, sigma_max=40.0, boundary="euler", few_step_sigmas={2: [40, 1]}).train()
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
