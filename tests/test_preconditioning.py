@@ -30,13 +30,18 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 
-from cm_diffusers.preconditioning import (
-    BOUNDARIES,
+from cm_diffusers.network_config import (
     EDM_SCHEDULERS,
     FLOW_SCHEDULERS,
     SCALED_TIME_SCHEDULER,
     SUPPORTED_SCHEDULERS,
     VP_SCHEDULERS,
+    describe_network,
+    preconditioning_from_config,
+    read_preconditioning,
+)
+from cm_diffusers.preconditioning import (
+    BOUNDARIES,
     Boundary,
     CMPreconditioning,
     Denoiser,
@@ -46,10 +51,7 @@ from cm_diffusers.preconditioning import (
     Preconditioning,
     VEPreconditioning,
     VPPreconditioning,
-    describe_network,
     network_output,
-    preconditioning_from_config,
-    read_preconditioning,
 )
 
 PROBLEMS = [pytest.param(Gaussian(), id="gaussian"), pytest.param(Mixture(), id="mixture")]

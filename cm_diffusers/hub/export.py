@@ -11,8 +11,9 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, LCMScheduler
 from torch import Tensor, nn
 
+from cm_diffusers.network_config import BETA_FIELDS
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import BETA_FIELDS, network_output
+from cm_diffusers.preconditioning import network_output
 
 # Of the original LCM: every 20th of 1,000 timesteps.
 LCM_STEPS = 50

@@ -19,14 +19,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from cm_diffusers.network_config import SUPPORTED_SCHEDULERS, describe_network, preconditioning_from_config
 from cm_diffusers.noise_levels import karras_sigmas
-from cm_diffusers.preconditioning import (
-    SUPPORTED_SCHEDULERS,
-    Boundary,
-    Preconditioning,
-    describe_network,
-    preconditioning_from_config,
-)
+from cm_diffusers.preconditioning import Boundary, Preconditioning
 
 STOCK_CLASS = "CMStochasticIterativeScheduler"
 STOCK_FIELDS = {"num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho", "clip_denoised"}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_diffusers.preconditioning import CMPreconditioning, EDMPreconditioning, read_preconditioning
+from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.preconditioning import CMPreconditioning, EDMPreconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 STOCK_TIME_SCALE = 1000.0  # an EDM network with `time_scale` 1000 already has a consistency network's time

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_diffusers.preconditioning import Denoiser, Preconditioning, VPPreconditioning, read_preconditioning
+from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.preconditioning import Denoiser, Preconditioning, VPPreconditioning
 
 logger = logging.getLogger(__name__)
 

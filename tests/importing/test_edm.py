@@ -7,7 +7,8 @@ from diffusers import EDMEulerScheduler
 
 from cm_diffusers.importing.edm import convert_network
 from cm_diffusers.importing.unpickling import load_pickled_network
-from cm_diffusers.preconditioning import Denoiser, read_preconditioning
+from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.preconditioning import Denoiser
 
 CASES = {
     "unconditional": {},

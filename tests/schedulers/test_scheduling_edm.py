@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
-from cm_diffusers.preconditioning import EDMPreconditioning, read_preconditioning
+from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.preconditioning import EDMPreconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler, ScaledTimeEDMScheduler
 from cm_diffusers.training.student import make_student
 from cm_diffusers.training.teacher import load_teacher

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm_diffusers import ConsistencyConfig
+from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.noise_levels import Levels
-from cm_diffusers.preconditioning import Denoiser, read_preconditioning
+from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.health import StepRecord, Watch
 from cm_diffusers.training.objectives.conversion import ConversionObjective

@@ -2,7 +2,8 @@ import diffusers
 import pytest
 import torch
 
-from cm_diffusers.preconditioning import Denoiser, read_preconditioning
+from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.student import cut_variance, make_student, refit_time_embedding
 
