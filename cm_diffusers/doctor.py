@@ -119,7 +119,7 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
         _examine_disk(found, trainer, disk)
         if not any(gather_object([bool(found.warnings)])):  # a step takes all processes
             _examine_speed(found, trainer)
-        end_training(trainer.accelerator)
+        end_training(trainer.accelerator, trainer.student)
     return found
 
 

@@ -96,6 +96,8 @@ def main(arguments: list[str]) -> None:
     trainer.train()
     if is_main:
         (Path(config.output_dir) / "losses.json").write_text(json.dumps(losses))
+        threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+        (Path(config.output_dir) / "threads.json").write_text(json.dumps(threads))
 
 
 if __name__ == "__main__":

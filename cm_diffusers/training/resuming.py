@@ -112,7 +112,7 @@ class Memory:
         else:
             self.batches.restore({"batches": saved["step"] * self.accelerator.gradient_accumulation_steps})
         logger.info("Resumed from %s.", folder)
-        return saved["step"], saved["progress"]
+        return saved["step"], saved.get("progress", {})
 
 
 def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:

@@ -16,6 +16,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    is_deepspeed_available,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +36,11 @@ def check_writable(folder: Path) -> None:
 
 
 def make_accelerator(config: ConsistencyConfig) -> Accelerator:
+    # Their functions keep a process group as a default value, for ever, if there is one when they are imported.
+    import torch.distributed.nn
+
+    if is_deepspeed_available():
+        import deepspeed  # noqa: F401
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     accelerator = Accelerator(
@@ -62,15 +68,19 @@ def precision(accelerator: Accelerator) -> str:
     return zero.precision(accelerator) if uses_zero(accelerator) else str(accelerator.mixed_precision)
 
 
-def end_training(accelerator: Accelerator) -> None:
+def end_training(accelerator: Accelerator, student: nn.Module) -> None:
     """Close trackers, and the processes' connections. Called by all processes.
 
-    gloo's threads let go of the tensors of an exchange a moment after it has ended, and abort a process whose
-    interpreter is already shutting down. A barrier, which has no tensors, gives them that moment.
+    Connections have threads, which end when nothing refers to their process group any more, and may abort a process
+    whose interpreter shuts down before: gloo's let go of the tensors of an exchange a moment after it has ended. A
+    barrier, which has no tensors, gives that moment to those that must stay.
     """
     accelerator.wait_for_everyone()
     if uses_zero(accelerator):
         zero.disconnect()
+    if isinstance(student, DistributedDataParallel):
+        for holder in ("reducer", "logger", "process_group"):
+            setattr(student, holder, None)
     accelerator.end_training()
 
 

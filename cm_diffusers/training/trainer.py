@@ -205,7 +205,7 @@ class ConsistencyTrainer:
         on_main(self.accelerator, lambda: self.save(pipeline))
         if self.config.push_to_hub:
             self.push_to_hub()
-        end_training(self.accelerator)
+        end_training(self.accelerator, self.student)
         return pipeline
 
     def _after(self, record: StepRecord) -> bool:
@@ -222,7 +222,7 @@ class ConsistencyTrainer:
     def _stop(self) -> None:
         self.watch.settle()
         folder = self.save_checkpoint()
-        end_training(self.accelerator)
+        end_training(self.accelerator, self.student)
         message = f"Asked to end (SIGTERM): the run is saved in {folder}, go on with `resume: auto`."
         logger.warning(message)
         raise Preempted(message)

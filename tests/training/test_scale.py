@@ -91,6 +91,12 @@ def zero(tmp_path_factory, request):
     return folder, split
 
 
+def test_a_run_that_has_ended_leaves_no_threads_of_its_connections(two_ranks):
+    """They could abort a process whose interpreter shuts down."""
+    threads = json.loads((two_ranks / "threads.json").read_text())
+    assert threads and not [name for name in threads if "gloo" in name]
+
+
 def test_two_ranks_equal_one_process(two_ranks, golden):
     assert len(losses(two_ranks)) == STEPS + 3  # with the conversion
     assert_same_training(two_ranks, golden)
