@@ -123,7 +123,8 @@ def _is_distilled(record: TrainingRecord | None) -> bool:
 
 
 def _metadata(student: Student) -> ModelCardData:
-    record, report, values = student.record, student.report, {}
+    record, report = student.record, student.report
+    values: dict[str, Any] = {}
     teacher = (record.teacher or {}) if record else {}
     if HUB_ID.fullmatch(teacher.get("name", "")):
         values["base_model"] = teacher["name"]
@@ -144,6 +145,8 @@ def _metadata(student: Student) -> ModelCardData:
         ]
         values["model_name"] = student.repo_id.rsplit("/", 1)[-1]
     kind = "distillation" if _is_distilled(record) else "image-generation"
+    if (student.folder / SAMPLES).exists():
+        values["widget"] = [{"text": "-", "output": {"url": SAMPLES}}]  # the Hub asks for a prompt, and there is none
     return ModelCardData(
         license=teacher.get("license"), library_name="diffusers", pipeline_tag=TASK,
         tags=["consistency-models", "cm_diffusers", "one-step", kind], **values,

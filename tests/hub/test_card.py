@@ -89,6 +89,8 @@ def test_its_metadata_are_for_machines(run):
     assert values["library_name"] == "diffusers"
     assert values["pipeline_tag"] == "unconditional-image-generation"
     assert {"consistency-models", "one-step", "distillation"} <= set(values["tags"])
+    (picture,) = values["widget"]
+    assert (run / picture["output"]["url"]).is_file()
     (model,) = values["model-index"]
     names = {metric["name"] for result in model["results"] for metric in result["metrics"]}
     assert {"FID, 1 NFE", "FID, 2 NFE", "KID, 1 NFE"} <= names
