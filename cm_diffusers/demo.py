@@ -69,19 +69,20 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
         with gradio.Tab("Sample"):
             with gradio.Row():
                 steps = gradio.Slider(1, most_steps, value=1, step=1, label="Steps", elem_id="steps")
+                evaluations = gradio.Slider(
+                    1, 79, value=TEACHER_NFES, step=2, label="Teacher's evaluations", elem_id="teacher-nfe",
+                    visible=teacher is not None,
+                )  # fmt: skip
                 count = gradio.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="count")
                 seed = gradio.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed")
                 label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="class")
             draw = gradio.Button("Draw", variant="primary", elem_id="draw")
             with gradio.Row():
                 with gradio.Column():
-                    ours = gradio.Gallery(label="Student", elem_id="student", columns=4, height="auto")
+                    ours = gradio.Gallery(label="Student", elem_id="student", columns=2, height="auto")
                     our_time = gradio.Markdown(elem_id="student-time")
                 with gradio.Column(visible=teacher is not None):
-                    evaluations = gradio.Slider(
-                        1, 79, value=TEACHER_NFES, step=2, label="Teacher's evaluations", elem_id="teacher-nfe"
-                    )
-                    theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=4, height="auto")
+                    theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=2, height="auto")
                     their_time = gradio.Markdown(elem_id="teacher-time")
 
         def of_student(steps: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
