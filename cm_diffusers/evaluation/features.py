@@ -135,8 +135,7 @@ def _inception_weights() -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(place), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"Inception's weights cannot be had from {INCEPTION_URL}: {error}") from error
-    with place.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(place.read_bytes()).hexdigest()
     if found != INCEPTION_SHA256:
         raise ValueError(f"{place} does not hold Inception's weights: its SHA-256 is {found}. Delete it.")
     return place
