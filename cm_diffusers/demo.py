@@ -67,44 +67,47 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
     with gradio.Blocks(title="Consistency model") as page:
         gradio.Markdown("# Consistency model\nOne network evaluation makes an image; a few make a better one.")
         with gradio.Tab("Sample"):
-            with gradio.Row():
-                steps = gradio.Slider(1, most_steps, value=1, step=1, label="Steps", elem_id="steps")
-                evaluations = gradio.Slider(
-                    1, 79, value=TEACHER_NFES, step=2, label="Teacher's evaluations", elem_id="teacher-nfe",
-                    visible=teacher is not None,
-                )  # fmt: skip
-                count = gradio.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="count")
-                seed = gradio.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed")
-                label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="class")
-            draw = gradio.Button("Draw", variant="primary", elem_id="draw")
-            with gradio.Row():
-                with gradio.Column():
-                    ours = gradio.Gallery(label="Student", elem_id="student", columns=2, height="auto")
-                    our_time = gradio.Markdown(elem_id="student-time")
-                with gradio.Column(visible=teacher is not None):
-                    theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=2, height="auto")
-                    their_time = gradio.Markdown(elem_id="teacher-time")
-
-        def of_student(steps: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
-            return draw_timed(student_sampler(student, int(steps), class_label=label), int(seed), int(count))
-
-        def of_teacher(nfe: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
-            assert teacher is not None
-            null = student.config.null_class_label
-            sampler = teacher_sampler(teacher, int(nfe), null_class_label=null, class_label=label)
-            return draw_timed(sampler, int(seed), int(count))
-
-        shown = draw.click(
-            of_student, [steps, count, seed, label], [ours, our_time], api_name="sample", **ONE_AT_A_TIME
-        )
-        if teacher is not None:
-            shown.then(
-                of_teacher, [evaluations, count, seed, label], [theirs, their_time], api_name="teacher",
-                **ONE_AT_A_TIME,
-            )  # fmt: skip
+            _sampling(gradio, student, teacher, classes, most_steps)
         with gradio.Tab("Edit"):
             _editing(gradio, student, classes, most_steps)
     return page
+
+
+def _sampling(
+    gradio: Any, student: ConsistencyPipeline, teacher: Teacher | None, classes: Sequence[int], most_steps: int
+) -> None:
+    with gradio.Row():
+        steps = gradio.Slider(1, most_steps, value=1, step=1, label="Steps", elem_id="steps")
+        evaluations = gradio.Slider(
+            1, 79, value=TEACHER_NFES, step=2, label="Teacher's evaluations", elem_id="teacher-nfe",
+            visible=teacher is not None,
+        )  # fmt: skip
+        count = gradio.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="count")
+        seed = gradio.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", elem_id="seed")
+        label = gradio.Dropdown(classes, value=None, label="Class", visible=bool(classes), elem_id="class")
+    draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+    with gradio.Row():
+        with gradio.Column():
+            ours = gradio.Gallery(label="Student", elem_id="student", columns=2, height="auto")
+            our_time = gradio.Markdown(elem_id="student-time")
+        with gradio.Column(visible=teacher is not None):
+            theirs = gradio.Gallery(label="Teacher", elem_id="teacher", columns=2, height="auto")
+            their_time = gradio.Markdown(elem_id="teacher-time")
+
+    def of_student(steps: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
+        return draw_timed(student_sampler(student, int(steps), class_label=label), int(seed), int(count))
+
+    def of_teacher(nfe: float, count: float, seed: float, label: int | None) -> tuple[list[Image.Image], str]:
+        assert teacher is not None
+        null = student.config.null_class_label
+        sampler = teacher_sampler(teacher, int(nfe), null_class_label=null, class_label=label)
+        return draw_timed(sampler, int(seed), int(count))
+
+    shown = draw.click(of_student, [steps, count, seed, label], [ours, our_time], api_name="sample", **ONE_AT_A_TIME)
+    if teacher is not None:
+        shown.then(
+            of_teacher, [evaluations, count, seed, label], [theirs, their_time], api_name="teacher", **ONE_AT_A_TIME
+        )
 
 
 def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], most_steps: int) -> None:

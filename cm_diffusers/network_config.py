@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cm_diffusers.preconditioning import (
@@ -29,6 +29,12 @@ SUPPORTED_SCHEDULERS = (
     | FLOW_SCHEDULERS
     | {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler", SCALED_TIME_SCHEDULER}
 )
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """The size of a network's images in pixels, from the `sample_size` of its config."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
 
 
 def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def _reference(options: argparse.Namespace, student: Any) -> Any:
     from accelerate import PartialState
 
     from cm_diffusers.evaluation import Reference
+    from cm_diffusers.network_config import height_and_width
     from cm_diffusers.training.data import load_image_dataset, prepare_dataset
     from cm_diffusers.training.images import ImageSpec
     from cm_diffusers.training.record import public_name
@@ -121,9 +122,7 @@ def _reference(options: argparse.Namespace, student: Any) -> Any:
             data_files=options.data_files,
         )  # fmt: skip
     config = student.unet.config
-    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    prepared = prepare_dataset(
-        dataset, ImageSpec(config.in_channels, height, width), image_column=options.image_column, on_bad_image="skip"
-    )
+    spec = ImageSpec(config.in_channels, *height_and_width(config.sample_size))
+    prepared = prepare_dataset(dataset, spec, image_column=options.image_column, on_bad_image="skip")
     name = f"{public_name(options.dataset)}/{options.dataset_split}"
     return Reference.from_dataset(prepared, name, options.num_reference)

@@ -43,6 +43,7 @@ def _draw(options: argparse.Namespace) -> Any:
     import torch
 
     from cm_diffusers import ConsistencyPipeline
+    from cm_diffusers.training.randomness import generators
 
     device = options.device or best_device()
     precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
@@ -60,7 +61,7 @@ def _draw(options: argparse.Namespace) -> Any:
                 num_inference_steps=None if options.sigmas else options.steps,
                 sigmas=options.sigmas,
                 guidance_scale=options.guidance_scale,
-                generator=[torch.Generator().manual_seed(options.seed + i) for i in indices],
+                generator=generators([options.seed + i for i in indices]),
                 output_type="np",
             ).images
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from cm_diffusers.evaluation.features import Features
 from cm_diffusers.evaluation.metrics import all_metrics
 from cm_diffusers.evaluation.reference import Reference, reference_features
-from cm_diffusers.evaluation.results import Protocol, Report, Result
+from cm_diffusers.evaluation.results import Protocol, Result
 from cm_diffusers.evaluation.sampling import Sampler
 from cm_diffusers.evaluation.sharing import map_shared
 from cm_diffusers.training.runtime import on_main
@@ -81,13 +81,6 @@ class Evaluator:
             found, model=sampler.model, sampler=sampler.description, nfe=sampler.nfe, protocol=self.protocol,
             seconds_per_1000=1000 * seconds / (self.repeats * self.num_images), weights=sampler.digest,
         )  # fmt: skip
-
-    def report(self, samplers: Iterable[Sampler]) -> Report:
-        """The results of several samplers."""
-        report = Report()
-        for sampler in samplers:
-            report.add(self.measure(sampler))
-        return report
 
     def _draw(self, sampler: Sampler, first: int) -> tuple[Tensor, Tensor | None, float]:
         """Features and logits of the images from the seed `first` on, and the seconds that drawing them took."""

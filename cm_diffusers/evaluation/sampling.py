@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.evaluation.digests import network_digest
+from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import GuidedDenoiser
+from cm_diffusers.training.randomness import generators
 from cm_diffusers.training.solvers import SOLVERS, integrate
 from cm_diffusers.training.teacher import Teacher
 
@@ -108,7 +110,7 @@ def teacher_sampler(
     steps = (nfe + 1) // 2 if solver == "heun" else nfe
     sigmas = karras_grid(steps, low, high).flip(0) if steps > 1 else torch.tensor([high])
     config: Any = teacher.unet.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    size = height_and_width(config.sample_size)
     guided = guidance_scale != 1
     denoise: Any = teacher.denoiser
     if guided:
@@ -148,11 +150,6 @@ def class_labels(
         return [only] * len(seeds)
     classes = [label for label in range(num_classes) if label != null_class_label]
     return [classes[seed % len(classes)] for seed in seeds]
-
-
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One for each image, on the CPU: the same noise on every device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def eight_bits(images: Tensor, value_range: tuple[float, float]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, LCMScheduler
 from torch import Tensor, nn
 
-from cm_diffusers.network_config import BETA_FIELDS
+from cm_diffusers.network_config import BETA_FIELDS, height_and_width
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import network_output
 
@@ -128,8 +128,7 @@ def export_to_onnx(pipeline: ConsistencyPipeline, folder: str | Path) -> Path:
         raise ImportError("Export to ONNX needs `pip install 'cm_diffusers[onnx]'`.") from error
     network = OneStep(pipeline).cpu()
     config = pipeline.unet.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    inputs = [torch.randn(2, config.in_channels, *size)]
+    inputs = [torch.randn(2, config.in_channels, *height_and_width(config.sample_size))]
     names = ["noise"]
     if config.num_class_embeds is not None:
         inputs.append(torch.zeros(2, dtype=torch.long))

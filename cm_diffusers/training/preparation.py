@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 
+from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
@@ -46,7 +47,7 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
     changes: dict[str, Any] = {grid_field: length}
     if now.few_step_sigmas is None and length > 2:
         grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
-        wanted = default_second_sigma(size if isinstance(size, int) else size[0])
+        wanted = default_second_sigma(height_and_width(size)[0])
         second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / wanted)))
         changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
     return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
@@ -71,7 +72,7 @@ def prepare_data(
     size = config.resolution or unet.config.sample_size
     if size is None:
         raise ValueError("The network's config has no `sample_size`: set `resolution`.")
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     unet.register_to_config(sample_size=size)
     low, high = scheduler.config.image_range
     spec = ImageSpec(unet.config.in_channels, height, width, (low, high), config.center_crop, config.random_flip)

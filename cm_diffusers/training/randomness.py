@@ -6,6 +6,8 @@ noise however a global batch is spread over processes and micro-steps, and a run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,3 +62,8 @@ class SampleRandom:
         for sample, seed in zip(noise, self.seeds, strict=True):
             sample.normal_(generator=rng.manual_seed(mixed(seed, self._drawn)))
         return noise if images.is_contiguous() else torch.empty_like(images).copy_(noise)
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each image, on the CPU: the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

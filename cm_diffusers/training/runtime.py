@@ -21,6 +21,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cm_diffusers.network_config import height_and_width
 from cm_diffusers.training import zero
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.sharding import prepare_sharding, uses_zero
@@ -109,8 +110,7 @@ def settle(student: nn.Module, batch_size: int, device: torch.device) -> None:
     if not isinstance(student, DistributedDataParallel):
         return
     config: Any = student.module.config
-    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    images = torch.zeros(batch_size, config.in_channels, height, width, device=device)
+    images = torch.zeros(batch_size, config.in_channels, *height_and_width(config.sample_size), device=device)
     labels = torch.zeros(batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
     output = student(images, torch.zeros(batch_size, device=device), class_labels=labels, return_dict=False)[0]
     output.float().mean().backward()

@@ -24,6 +24,7 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.randomness import generators
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def _draw(pipeline: ConsistencyPipeline, config: ConsistencyConfig, indices: ran
                 batch_size=len(part),
                 class_labels=None if labels is None else [labels[index] for index in part],
                 num_inference_steps=nfe,
-                generator=[torch.Generator().manual_seed(index) for index in part],
+                generator=generators(part),
                 output_type="np",
             ).images
         )
