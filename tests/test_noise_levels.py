@@ -8,7 +8,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler
 
 from cm_diffusers.noise_levels import (
-    Levels,
+    GridLevels,
     doubling_num_levels,
     karras_grid,
     lognormal_probabilities,
@@ -154,7 +154,7 @@ def test_ends_of_the_unit_interval_give_the_ends_of_the_grid(probabilities: torc
 
 
 def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
-    levels = Levels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
+    levels = GridLevels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
     positions = torch.rand(100, generator=generator)
     first, second = levels.at(0, positions), levels.at(1, positions)
     assert set(first.sigma.tolist()) == {80.0}
@@ -164,6 +164,8 @@ def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
 
 def test_levels_pass_lognormal_probabilities_on(generator: torch.Generator) -> None:
     grid = karras_grid(11, 0.002, 80.0)
-    drawn = Levels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).at(0, torch.rand(20_000, generator=generator))
+    drawn = GridLevels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).at(
+        0, torch.rand(20_000, generator=generator)
+    )
     index = torch.searchsorted(grid, drawn.sigma_lower)
     assert chi_square(torch.bincount(index, minlength=10), lognormal_probabilities(grid, -1.1, 2.0)) < 5

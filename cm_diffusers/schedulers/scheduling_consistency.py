@@ -71,6 +71,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             descending. Other numbers of steps are spread over the Karras grid.
         num_levels (`int`, *optional*): length of the Karras grid that the student was trained on, whose levels are the
             only ones it knows well; `num_train_timesteps` when `None`.
+        flow_map (`bool`): the network is told which lower level to jump to, as a second time, and jumps there without
+            noise being added. Its boundary is `euler`.
     """
 
     order = 1
@@ -99,6 +101,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         few_step_sigmas: dict[str, list[float]] | None = None,
         num_levels: int | None = None,
         time_scale: float = 1.0,
+        flow_map: bool = False,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -111,6 +114,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             )
         if num_levels is not None and num_levels < 2:
             raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
+        if flow_map and (boundary != "euler" or family == "consistency"):
+            raise ValueError(
+                f"A flow map is a step along D: it needs `boundary='euler'` and a family that has a D, got "
+                f"{boundary!r} and {family!r}."
+            )
         for steps, levels in (few_step_sigmas or {}).items():
             if int(steps) != len(levels):
                 raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
@@ -268,7 +276,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """`levels` in float64, descending. `sigmas` stays on the CPU: reading a level must not wait for a device."""
         timesteps = self.preconditioning.c_noise(torch.from_numpy(levels.copy()))
         self.timesteps = timesteps.to(torch.float32).to(device)
-        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min).astype(np.float32))
+        levels = np.append(levels, self.config.sigma_min)
+        targets = self.preconditioning.c_noise(torch.from_numpy(levels[1:].copy()))
+        self.target_timesteps = targets.to(torch.float32).to(device)
+        self.sigmas = torch.from_numpy(levels.astype(np.float32))
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
@@ -319,6 +330,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     ) -> ConsistencySchedulerOutput | tuple[Tensor, ...]:
         """Jump to the clean sample, then add noise up to the next level; none after the last.
 
+        A flow map jumps to the next level itself, along the line through the clean sample that it predicts.
+
         Args:
             model_output (`Tensor` of shape `(batch, channels, height, width)`): the network's output (a predicted
                 variance behind it is dropped).
@@ -330,14 +343,17 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         index = self._locate(timestep)
         # Half precision is too coarse for c_skip * x at sigma = 80.
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        c_skip, c_out, *_ = self.boundary.scalings(self.sigmas[index])
+        function = self.preconditioning if self.config.flow_map else self.boundary
+        c_skip, c_out, *_ = function.scalings(self.sigmas[index])
         output = model_output[:, : sample.shape[1]].to(dtype)
         denoised = c_out * output + c_skip * sample.to(dtype)
         if self.config.clip_denoised:
             denoised = denoised.clamp(*self.config.image_range)
 
         prev_sample = denoised
-        if self._adds_noise_after(index):
+        if self.config.flow_map:
+            prev_sample = torch.lerp(denoised, sample.to(dtype), float(self.sigmas[index + 1] / self.sigmas[index]))
+        elif self._adds_noise_after(index):
             noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
             prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(self.sigmas[index + 1])
         self._step_index = index + 1

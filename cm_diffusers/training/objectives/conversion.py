@@ -47,5 +47,6 @@ class ConversionObjective:
         with torch.no_grad():
             denoised = self.teacher(sample, sigma, **conditioning)
         scale = expand(self.student.preconditioning.scalings(sigma).c_out, images)
-        error = (self.student(sample, sigma, **conditioning) - denoised) / scale
-        return Losses(error.square().flatten(1).mean(1), sigma)
+        prediction = self.student(sample, sigma, **conditioning)
+        error = (prediction - denoised) / scale
+        return Losses(error.square().flatten(1).mean(1), sigma, prediction)

@@ -58,12 +58,32 @@ class FromTeacher:
 
 
 @dataclass(frozen=True)
+class Piecewise:
+    """f of a student that only knows the levels from `sigma_boundary` up; another model answers below.
+
+    Args:
+        above, below (`Callable`): the two consistency functions.
+        sigma_boundary (`float`): the lowest level of the first.
+    """
+
+    above: Denoise
+    below: Denoise
+    sigma_boundary: float
+
+    def __call__(self, sample: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
+        # Both on the whole batch: shapes that change with the noise levels would be compiled anew every step.
+        student, other = (f(sample, sigma, **conditioning) for f in (self.above, self.below))
+        is_above = send(sigma >= self.sigma_boundary, sample.device)
+        return torch.where(is_above.view(-1, *[1] * (sample.ndim - 1)), student, other)
+
+
+@dataclass(frozen=True)
 class PairObjective:
     """`weighting * distance(f(x, sigma), f_target(x_lower, sigma_lower))` (Song et al. 2023, equations 7 and 10).
 
     Args:
         student ([`~cm_diffusers.preconditioning.Denoiser`]): f, with gradient.
-        target ([`~cm_diffusers.preconditioning.Denoiser`]): f of the target weights; may share the student's network.
+        target (`Callable`): f of the target weights; may share the student's network.
         levels ([`~cm_diffusers.noise_levels.Levels`]): the pairs of noise levels.
         source ([`Source`]): teacher or data.
         distance (`Callable`): per sample.
@@ -71,7 +91,7 @@ class PairObjective:
     """
 
     student: Denoiser
-    target: Denoiser
+    target: Denoise
     levels: Levels
     source: Source
     distance: Distance
@@ -87,7 +107,7 @@ class PairObjective:
                 target = self.target(lower, pair.sigma_lower, **conditioning)
         prediction = self.student(sample, pair.sigma, **conditioning)
         weights = send(self.weighting(pair), images.device)
-        return Losses(weights * self.distance(prediction, target), pair.sigma)
+        return Losses(weights * self.distance(prediction, target), pair.sigma, prediction)
 
 
 @contextmanager
