@@ -1,4 +1,4 @@
-"""Training on single values, whose consistency function is known."""
+"""Training on a few values, whose consistency function is known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from closed_form import PointMixture
 from torch import Tensor, nn
 
 from cm_diffusers.training.randomness import SampleRandom
@@ -15,14 +16,22 @@ SIGMA_MIN, SIGMA_MAX = 0.02, 10.0
 
 
 class PixelNetwork(nn.Module):
-    """A UNet's calling convention on single values: an MLP of the value, the time and, if there is one, a second."""
+    """A UNet's calling convention on a few values: an MLP of them, the time and, if there is one, a second time.
 
-    def __init__(self, dropout: float = 0.0, time_scale: float = 1.0) -> None:
+    Args:
+        dropout (`float`): its dropout.
+        time_scale (`float`): what times are divided by.
+        channels (`int`): how many values there are.
+        width (`int`): of its layers.
+    """
+
+    def __init__(self, dropout: float = 0.0, time_scale: float = 1.0, channels: int = 1, width: int = 64) -> None:
         super().__init__()
         self.time_scale = time_scale
         self.layers = nn.Sequential(
-            nn.Linear(17, 64), nn.SiLU(), nn.Dropout(dropout), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-        )
+            nn.Linear(channels + 16, width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, channels),
+        )  # fmt: skip
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True):
         times = [timestep, timestep * 0 if class_labels is None else class_labels]
@@ -52,12 +61,15 @@ def train(objective_of: Callable[[nn.Module], Any], problem: Any, steps: int = 1
     return network
 
 
-def error(f: Callable, truth: Callable, problem: Any, levels: tuple[float, ...] = (0.3, 1.5, SIGMA_MAX)) -> float:
-    """Root mean square error over noisy samples."""
+def error(
+    f: Callable, truth: Callable, problem: Any, levels: tuple[float, ...] = (0.3, 1.5, SIGMA_MAX), count: int = 2000
+) -> float:
+    """Root mean square error over `count` noisy samples at each level."""
     generator = torch.Generator().manual_seed(1)
     squares = []
     for sigma in levels:
-        x = problem.draw((2000, 1, 1, 1), generator) + sigma * torch.randn(2000, 1, 1, 1, generator=generator)
+        images = problem.draw(count if isinstance(problem, PointMixture) else (count, 1, 1, 1), generator)
+        x = images + sigma * torch.randn(images.shape, generator=generator)
         with torch.no_grad():
             squares.append((f(x, sigma) - truth(x, sigma)).square().mean())
     return float(torch.stack(squares).mean().sqrt())
