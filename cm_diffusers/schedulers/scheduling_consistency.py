@@ -225,14 +225,22 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             levels = self._sigmas_at(timesteps)
         else:
-            levels = self._spread(num_inference_steps)
+            levels = self.levels_for(num_inference_steps)
         self.num_inference_steps = len(levels)
         # Sampling may start below sigma_max; diffusers' own class starts from sigma_max whatever its indices say.
         starts_lower = not stock_start and levels[0] < self.config.sigma_max * (1 - 1e-6)
         self.init_noise_sigma = float(levels[0]) if starts_lower else self.config.sigma_max
         self._set_schedule(levels, device)
 
-    def _spread(self, steps: Any) -> np.ndarray:
+    def levels_for(self, steps: Any) -> np.ndarray:
+        """The noise levels of a number of steps, descending: those that are stored for it, or spread over the grid.
+
+        Args:
+            steps (`int`): as `num_inference_steps` in `set_timesteps`.
+
+        Raises:
+            `ValueError`: if it is no positive integer, or none are stored and the grid has fewer.
+        """
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
         stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(int(steps))
@@ -246,6 +254,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def grid_length(self) -> int:
         """How many levels the Karras grid has."""
         return int(self.config.num_levels or self.config.num_train_timesteps)
+
+    @property
+    def grid(self) -> np.ndarray:
+        """All levels of the Karras grid, descending, in float64."""
+        return self._karras(np.arange(self.grid_length))
 
     def _karras(self, indices: np.ndarray) -> np.ndarray:
         config = self.config
@@ -414,7 +427,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         if not self.is_stock:
             return None
-        levels, grid = self._spread(num_inference_steps), self._karras(np.arange(self.grid_length))
+        levels, grid = self.levels_for(num_inference_steps), self.grid
         indices = np.abs(np.log(grid) - np.log(levels)[:, None]).argmin(axis=1)
         starts_at_top = indices[0] == 0  # as diffusers' own class does whatever its indices say
         return indices[::-1].tolist() if starts_at_top and np.allclose(grid[indices], levels, rtol=1e-5) else None
