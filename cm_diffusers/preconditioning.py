@@ -323,6 +323,11 @@ def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor,
     return prediction
 
 
+def second_time(preconditioning: HasScalings, sigma_lower: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What the network of a flow map is told of the level, of shape `(batch,)`, that it jumps to."""
+    return {"class_labels": send(preconditioning.scalings(sigma_lower).c_noise, device)}
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for what the device is busy with."""
     if tensor.device.type == "cpu" and device.type == "cuda":

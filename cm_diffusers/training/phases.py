@@ -81,12 +81,14 @@ class Networks:
         target (`nn.Module`, *optional*): the average that answers at the lower level; the student itself when `None`.
         first_stage (`nn.Module`, *optional*): the frozen student of a first stage.
         log_loss (`nn.Module`, *optional*): the estimate behind a learned weight.
+        forward_mode (`bool`): whether nothing stands in the way of forward-mode differentiation of the student.
     """
 
     student: Any
     target: nn.Module | None = None
     first_stage: nn.Module | None = None
     log_loss: nn.Module | None = None
+    forward_mode: bool = True
 
     @property
     def plain(self) -> Any:
@@ -114,7 +116,9 @@ def make_phases(
     if steps and teacher is not None:
         now = scheduler.config
         own = Denoiser(networks.student, scheduler.preconditioning)
-        conversion = ConversionObjective(own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho)
+        conversion = ConversionObjective(
+            own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho, flow_map=now.flow_map
+        )
         add(CONVERSION, conversion, steps, rates=(config.conversion_learning_rate, "cosine", steps // 20))
     if config.levels == "continuous":
         tangents = _tangent_objective(config, teacher, scheduler, networks)
@@ -173,7 +177,7 @@ def _tangent_objective(
     jumps = FlowMapJumps(family, low, sigmas) if config.flow_map else ConsistencyJumps(scheduler.boundary, sigmas)
     return TangentObjective(
         networks.student, networks.plain, family.denoising, jumps, _teacher_denoiser(config, teacher),
-        DERIVATIVES[config.derivative or "forward"],
+        DERIVATIVES[config.derivative or ("forward" if networks.forward_mode else "finite_difference")],
         PowerNormalizedTangent() if config.flow_map else NormalizedTangent(),
         WarmUp(tangent_warmup_steps(config)),
     )  # fmt: skip

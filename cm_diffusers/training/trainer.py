@@ -172,7 +172,9 @@ class ConsistencyTrainer:
             self.target_ema.network.train()  # the dropout of the student
         beside = {name: companion.module for name, companion in self.companions.items()}
         averages = {name: average.network for name, average in self.averages().items() if name != "ema"}
-        networks = Networks(self.student, **averages, **beside)
+        # Neither compiled graphs nor hooks that gather weights pass derivatives on.
+        forward_mode = not (config.compile or is_sharded(self.accelerator))
+        networks = Networks(self.student, **averages, **beside, forward_mode=forward_mode)
         return make_phases(config, self.teacher, self.scheduler, networks, self.accelerator.device)
 
     # Training -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, network_output, send
+from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, network_output, second_time
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.pairs import same_dropout
 from cm_diffusers.training.randomness import SampleRandom
@@ -120,8 +120,8 @@ class FlowMapJumps:
         sigma, lower = torch.maximum(one, other), torch.minimum(one, other)
         lower = torch.where(kind < self.instant, sigma, lower)
         lower = torch.where(kind >= 1 - self.whole, self.sigma_min, lower)
-        told = self.preconditioning.c_noise(lower).float()
-        return Jump(sigma, Boundary(self.preconditioning, "euler", lower), {"class_labels": told})
+        function = Boundary(self.preconditioning, "euler", lower)
+        return Jump(sigma, function, second_time(self.preconditioning, lower, random.device))
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class TangentObjective:
             clean = images if self.teacher is None else self.teacher(sample, jump.sigma, **conditioning)
         now, change = scalings_along(jump.function, jump.sigma, images)
         along = sample - clean  # dx / d ln(sigma), the ODE's direction
-        told = {**conditioning, **{name: send(value, images.device) for name, value in jump.conditioning.items()}}
+        told = {**conditioning, **jump.conditioning}
 
         scaled = sample / now.input_scale
         scaled_along = (along - scaled * change.input_scale) / now.input_scale
