@@ -143,6 +143,8 @@ class ConsistencyConfig:
     derivative: Literal["forward", "finite_difference"] | None = _option(
         None, "the network's, for continuous levels; by default forward mode, where nothing stands in its way"
     )
+    real_data: float = _option(0.0, "part of each batch whose lower point comes from the data, not from the teacher")
+    adversarial_weight: float = _option(0.0, "weight of a loss by which images must not be told from real ones")
 
     # Data
     dataset: str | None = _option(None, "Hub id, folder of images, parquet files, or a saved dataset")
@@ -225,6 +227,8 @@ class ConsistencyConfig:
         config._check_levels()
         if config.source == "teacher" and config.solver is None and config.levels != "continuous":
             raise ValueError("`source='teacher'` needs a `solver`.")
+        if config.real_data and config.source != "teacher":
+            raise ValueError("`real_data` takes the place of a part of the teacher's: it needs `source='teacher'`.")
         if config.guidance_scale != 1 and config.source != "teacher":
             raise ValueError("`guidance_scale` acts on the teacher's steps: it needs `source='teacher'`.")
         if config.guidance_scale != 1 and config.null_class_label is None:
@@ -267,13 +271,14 @@ class ConsistencyConfig:
             self._require(name, lambda value: value > 0, "positive")
         not_negative = (
             "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay eval_steps "
-            "tangent_warmup_steps"
+            "tangent_warmup_steps adversarial_weight"
         )
         for name in not_negative.split():
             self._require(name, lambda value: value >= 0, "at least 0")
         self._require("num_levels", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
         self._require("mapping_base", lambda value: value > 1, "above 1")
         self._require("s1", lambda value: value >= (self.s0 or 1), "at least `s0`")
+        self._require("real_data", lambda value: 0 <= value <= 1, "in [0, 1]")
         self._require("label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
         self._require("mu", lambda value: 0 <= value < 1, "in [0, 1)")
         self._require("max_grad_norm", lambda value: value > 0, "positive")

@@ -15,12 +15,15 @@ from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.objectives import Objective
+from cm_diffusers.training.objectives.adversarial import Adversarial
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import (
     WEIGHTINGS,
     FromTeacher,
     PairObjective,
+    PartlyFromData,
     Piecewise,
+    Source,
     from_data,
 )
 from cm_diffusers.training.objectives.tangents import (
@@ -81,6 +84,7 @@ class Networks:
         target (`nn.Module`, *optional*): the average that answers at the lower level; the student itself when `None`.
         first_stage (`nn.Module`, *optional*): the frozen student of a first stage.
         log_loss (`nn.Module`, *optional*): the estimate behind a learned weight.
+        discriminator (`nn.Module`, *optional*): tells the student's images from real ones.
         forward_mode (`bool`): whether nothing stands in the way of forward-mode differentiation of the student.
     """
 
@@ -88,6 +92,7 @@ class Networks:
     target: nn.Module | None = None
     first_stage: nn.Module | None = None
     log_loss: nn.Module | None = None
+    discriminator: nn.Module | None = None
     forward_mode: bool = True
 
     @property
@@ -120,14 +125,23 @@ def make_phases(
             own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho, flow_map=now.flow_map
         )
         add(CONVERSION, conversion, steps, rates=(config.conversion_learning_rate, "cosine", steps // 20))
+
+    def with_terms(objective: Objective) -> Objective:
+        if networks.log_loss is not None:
+            objective = AdaptivelyWeighted(objective, networks.log_loss)
+        if networks.discriminator is not None and teacher is not None:
+            ends = (scheduler.config.sigma_min, scheduler.config.sigma_max)
+            objective = Adversarial(objective, networks.discriminator, teacher, config.adversarial_weight, *ends)
+        return objective
+
     if config.levels == "continuous":
         tangents = _tangent_objective(config, teacher, scheduler, networks)
-        add(config.method, _weighted(tangents, networks), config.max_train_steps)
+        add(config.method, with_terms(tangents), config.max_train_steps)
         return phases
     for levels, steps in stages(config, scheduler):
         second = len(phases) > 0 and phases[-1].is_method
         objective = _pair_objective(config, teacher, scheduler, networks, levels, device, second)
-        add(config.method, _weighted(objective, networks), steps, describe=levels.describe)
+        add(config.method, with_terms(objective), steps, describe=levels.describe)
     return phases
 
 
@@ -148,10 +162,6 @@ def first_stage_steps(config: ConsistencyConfig) -> int:
     return min(config.first_stage_steps or max(1, config.max_train_steps // 2), config.max_train_steps)
 
 
-def _weighted(objective: Objective, networks: Networks) -> Objective:
-    return objective if networks.log_loss is None else AdaptivelyWeighted(objective, networks.log_loss)
-
-
 def _pair_objective(
     config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler, networks: Networks,
     levels: Levels, device: torch.device, is_truncated: bool,
@@ -165,7 +175,11 @@ def _pair_objective(
         target = Piecewise(target, below, config.truncation or 1.0)
     distance = build_distance(config.distance or "l2", config.huber_c, tuple(scheduler.config.image_range), device)
     denoise = _teacher_denoiser(config, teacher)
-    source = from_data if denoise is None else FromTeacher(denoise, SOLVERS[config.solver or "heun"])
+    source: Source = from_data
+    if denoise is not None:
+        source = FromTeacher(denoise, SOLVERS[config.solver or "heun"])
+    if config.real_data:
+        source = PartlyFromData(source, config.real_data)
     return PairObjective(f, target, levels, source, distance, weighting)
 
 
@@ -179,7 +193,7 @@ def _tangent_objective(
         networks.student, networks.plain, family.denoising, jumps, _teacher_denoiser(config, teacher),
         DERIVATIVES[config.derivative or ("forward" if networks.forward_mode else "finite_difference")],
         PowerNormalizedTangent() if config.flow_map else NormalizedTangent(),
-        WarmUp(tangent_warmup_steps(config)),
+        WarmUp(tangent_warmup_steps(config)), config.real_data,
     )  # fmt: skip
 
 

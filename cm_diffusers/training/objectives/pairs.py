@@ -37,11 +37,13 @@ class Source(Protocol):
     """How the point at the lower level of a pair is found."""
 
     def __call__(
-        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
     ) -> Tensor: ...
 
 
-def from_data(images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+def from_data(
+    images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+) -> Tensor:
     """The same image with the same noise, at the lower level (algorithm 3)."""
     return images + expand(pair.sigma_lower, images) * noise
 
@@ -53,8 +55,35 @@ class FromTeacher:
     denoise: Denoise
     solver: Solver
 
-    def __call__(self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+    def __call__(
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+    ) -> Tensor:
         return self.solver(self.denoise, sample, pair.sigma, pair.sigma_lower, **conditioning)
+
+
+@dataclass(frozen=True)
+class PartlyFromData:
+    """Another source for most samples, and the data for the others, from which a student learns its teacher's errors.
+
+    Args:
+        source ([`Source`]): of the others.
+        share (`float`): of the samples whose point comes from the data.
+    """
+
+    source: Source
+    share: float
+
+    def __call__(
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+    ) -> Tensor:
+        own = from_data(images, noise, sample, pair, random)
+        other = self.source(images, noise, sample, pair, random, **conditioning)
+        return torch.where(chosen(random, self.share, images), own, other)
+
+
+def chosen(random: SampleRandom, share: float, images: Tensor) -> Tensor:
+    """True for a share of the samples, ready to choose among `images`."""
+    return send(random.uniform() < share, images.device).view(-1, *[1] * (images.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -102,7 +131,7 @@ class PairObjective:
         noise = random.normal_like(images)
         sample = images + expand(pair.sigma, images) * noise
         with torch.no_grad():
-            lower = self.source(images, noise, sample, pair, **conditioning)
+            lower = self.source(images, noise, sample, pair, random, **conditioning)
             with same_dropout(self.student.network, images.device):
                 target = self.target(lower, pair.sigma_lower, **conditioning)
         prediction = self.student(sample, pair.sigma, **conditioning)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, network_output, second_time
 from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.objectives.pairs import same_dropout
+from cm_diffusers.training.objectives.pairs import chosen, same_dropout
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import Denoise, expand
 
@@ -178,6 +178,7 @@ class TangentObjective:
         derivative (`Callable`): [`forward_mode`] or [`finite_difference`].
         normalize (`Callable`): of tangents.
         warm_up (`Callable[[int], float]`): share of the unstable part at a step.
+        real_data (`float`): share of the samples that take the clean image for the teacher's D.
     """
 
     network: Any
@@ -188,12 +189,15 @@ class TangentObjective:
     derivative: NetworkDerivative
     normalize: Callable[[Tensor], Tensor]
     warm_up: Callable[[int], float]
+    real_data: float = 0.0
 
     def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
         jump = self.jumps.draw(random)
         sample = images + expand(jump.sigma, images) * random.normal_like(images)
         with torch.no_grad():
             clean = images if self.teacher is None else self.teacher(sample, jump.sigma, **conditioning)
+        if self.real_data:
+            clean = torch.where(chosen(random, self.real_data, images), images, clean)
         now, change = scalings_along(jump.function, jump.sigma, images)
         along = sample - clean  # dx / d ln(sigma), the ODE's direction
         told = {**conditioning, **jump.conditioning}
