@@ -16,7 +16,8 @@ Solver = Callable[..., Tensor]
 
 def expand(sigma: Tensor | float, sample: Tensor) -> Tensor:
     """`sigma` of shape `(batch,)` or `()`, ready to multiply `sample`."""
-    sigma = send(torch.as_tensor(sigma, dtype=sample.dtype), sample.device)
+    sigma = sigma.to(sample.dtype) if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=sample.dtype)
+    sigma = send(sigma, sample.device)
     return sigma.view(-1, *[1] * (sample.ndim - 1))
 
 

@@ -3,6 +3,7 @@
 What is computed on them can be watched, too: nothing may make the host wait for the device.
 """
 
+import functools
 from types import SimpleNamespace
 
 import diffusers
@@ -14,12 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm_diffusers import ConsistencyConfig
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.noise_levels import GridLevels
-from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.noise_levels import GridLevels, lognormal_sigmas
+from cm_diffusers.preconditioning import Boundary, Denoiser, EDMPreconditioning
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.health import StepRecord, Watch
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, inverse_gap
+from cm_diffusers.training.objectives.tangents import (
+    DERIVATIVES,
+    ConsistencyJumps,
+    FlowMapJumps,
+    NormalizedTangent,
+    TangentObjective,
+    WarmUp,
+)
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import heun_step
@@ -46,7 +55,8 @@ class Waits(TorchDispatchMode):
         kwargs = kwargs or {}
         target, name = kwargs.get("device"), function.name()
         here = {a.device.type for a in args if isinstance(a, torch.Tensor)}
-        crosses = target is not None and here and torch.device(target).type not in here
+        # Shapes of derivatives are worked out on the meta device, which holds no numbers.
+        crosses = target is not None and here and torch.device(target).type not in here | {"meta"}
         if (name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")) and here == {"cuda"}) or (
             crosses and not kwargs.get("non_blocking")
         ):
@@ -96,6 +106,29 @@ def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, di
                 assert losses.values.device.type == "cuda"
                 assert losses.values.dtype == torch.float32
                 assert waits.found == []
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+@pytest.mark.parametrize("flow_map", [False, True])
+def test_tangents_stay_on_the_device_of_the_images_and_wait_for_nothing(flow_map, derivative, monkeypatch):
+    family = EDMPreconditioning()
+    sigmas = functools.partial(lognormal_sigmas, p_mean=-1.0, p_std=1.4, low=0.002, high=80.0)
+    jumps = ConsistencyJumps(Boundary(family, "edm", 0.002), sigmas)
+    if flow_map:
+        jumps = FlowMapJumps(family, 0.002, sigmas)
+    random = FakeRandom(torch.arange(4), torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        network, images = build_unet(class_embed_type="timestep" if flow_map else None), torch.zeros(4, 3, 8, 8)
+        with torch.device("cpu"):
+            objective = TangentObjective(
+                network, network, family, jumps, None, derivative, NormalizedTangent(), WarmUp(5), real_data=0.5
+            )
+            with Waits() as waits:
+                losses = objective.losses(images, 0, random)
+            assert losses.values.device.type == losses.denoised.device.type == "cuda"
+            assert losses.values.dtype == torch.float32
+            assert waits.found == []
 
 
 def test_the_watch_waits_for_nothing(tmp_path, monkeypatch):
