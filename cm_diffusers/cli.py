@@ -18,6 +18,7 @@ FUNCTIONS = {
     "doctor": "training.doctor",
     "sample": "sampling.sample",
     "evaluate": "evaluation.evaluate",
+    "timesteps": "timesteps.timesteps",
     "push": "publishing.push",
     "export": "publishing.export",
     "demo": "demo.demo",

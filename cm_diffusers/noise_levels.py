@@ -1,4 +1,4 @@
-"""Noise levels: the Karras grid, how many levels it has at each training step, and which pair a sample draws."""
+"""Noise levels: the Karras grid, curricula of training, and which pair of levels a sample draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ class LevelPair(NamedTuple):
 
     sigma: Tensor
     sigma_lower: Tensor
+
+
+class Levels(Protocol):
+    """The noise levels of a run."""
+
+    def at(self, step: int, position: Tensor) -> LevelPair:
+        """The pairs of one batch at training step `step`, for `position` uniform on [0, 1) and of shape `(batch,)`."""
+
+    def describe(self, step: int) -> dict[str, float]:
+        """Where the curriculum stands, for the log."""
 
 
 def karras_sigmas(ramp: np.ndarray, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
@@ -70,6 +80,11 @@ def doubling_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
     return min(s0 << doublings, s1) + 1
 
 
+def stage_at(step: int, total_steps: int, stages: int) -> int:
+    """0, 1, ... `stages - 1` at equal intervals of a run (Geng et al. 2024, section 3.3)."""
+    return min(step * stages // total_steps, stages - 1)
+
+
 def progressive_mu(num_levels: int, s0: int, mu0: float) -> float:
     """mu(k) = exp(s0 * ln mu0 / N(k)): the target's decay that goes with N(k) (Song et al. 2023, appendix C)."""
     return math.pow(mu0, s0 / num_levels)
@@ -102,9 +117,36 @@ def pairs_at(sigmas: Tensor, position: Tensor, probabilities: Tensor | None = No
     return LevelPair(sigmas[index + 1], sigmas[index])
 
 
+def lognormal_sigmas(position: Tensor, p_mean: float, p_std: float, low: float, high: float) -> Tensor:
+    """ln sigma ~ N(p_mean, p_std^2) between `low` and `high`, by inversion of its cumulative distribution.
+
+    Args:
+        position (`Tensor` of shape `(batch,)`): uniform on [0, 1), in float64.
+        p_mean, p_std (`float`): of ln sigma, before it is cut off at the ends.
+        low, high (`float`): the ends.
+
+    Returns:
+        `Tensor` of shape `(batch,)`: in float32.
+    """
+    ends = torch.special.ndtr((torch.tensor([low, high], dtype=torch.float64).log() - p_mean) / p_std)
+    normal = torch.special.ndtri(torch.lerp(ends[0], ends[1], position.double()))
+    sigmas: Tensor = (p_mean + p_std * normal).exp().float()
+    return sigmas.clamp(low, high)
+
+
+def mapped_lower(sigma: Tensor, stage: int, base: float, sigma_min: float) -> Tensor:
+    """r(sigma) of easy consistency tuning, `sigma * (1 - n(sigma) / base^(stage + 1))` (Geng et al. 2024).
+
+    `n = 1 + 8 * sigmoid(-sigma)` makes the gap of small levels wider. Where r would fall below `sigma_min` it is that:
+    the consistency function is the identity there, and the target the clean image itself.
+    """
+    gap = (1 + 8 * torch.sigmoid(-sigma)) / base ** (stage + 1)
+    return (sigma * (1 - gap)).clamp(min=sigma_min)
+
+
 @dataclass(frozen=True)
-class Levels:
-    """The noise levels of a run: a grid whose size is a function of the step, and how pairs are drawn from it.
+class GridLevels:
+    """Neighbours on a grid whose size is a function of the step.
 
     Args:
         num_levels (`Callable[[int], int]`): N(k).
@@ -120,14 +162,56 @@ class Levels:
     lognormal: tuple[float, float] | None = None
 
     def at(self, step: int, position: Tensor) -> LevelPair:
-        """The pairs of one batch at training step `step`, for `position` uniform on [0, 1) and of shape `(batch,)`."""
         grid, probabilities = self._grid(self.num_levels(step))
         return pairs_at(grid, position, probabilities)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"num_levels": self.num_levels(step)}
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  one run, one grid at a time
     def _grid(self, num_levels: int) -> tuple[Tensor, Tensor | None]:
         grid = karras_grid(num_levels, self.sigma_min, self.sigma_max, self.rho)
         return grid, None if self.lognormal is None else lognormal_probabilities(grid, *self.lognormal)
+
+
+@dataclass(frozen=True)
+class MappedLevels:
+    """Any level, with one below it that comes nearer from stage to stage (Geng et al. 2024).
+
+    Args:
+        stage (`Callable[[int], int]`): of a step.
+        base (`float`): the gap shrinks by this factor with every stage.
+        sigma_min, sigma_max (`float`): the ends.
+        p_mean, p_std (`float`): of ln sigma, which is normal between the ends.
+        sigma_boundary (`float`, *optional*): for a student that knows only the levels from here up (Lee et al. 2024):
+            it is the lowest of the higher levels, and `boundary_share` of the batch are there.
+        boundary_share (`float`): see above.
+    """
+
+    stage: Callable[[int], int]
+    base: float
+    sigma_min: float
+    sigma_max: float
+    p_mean: float
+    p_std: float
+    sigma_boundary: float | None = None
+    boundary_share: float = 0.25
+
+    def at(self, step: int, position: Tensor) -> LevelPair:
+        if self.sigma_boundary is None:
+            # Nearer to sigma_min, what f changes would drown in rounding.
+            sigma = self._above(1.01 * self.sigma_min, position)
+        else:
+            rest = (position - self.boundary_share).clamp(min=0) / (1 - self.boundary_share)
+            sigma = self._above(self.sigma_boundary, rest)
+            sigma = sigma.masked_fill(position < self.boundary_share, self.sigma_boundary)
+        return LevelPair(sigma, mapped_lower(sigma, self.stage(step), self.base, self.sigma_min))
+
+    def _above(self, low: float, position: Tensor) -> Tensor:
+        return lognormal_sigmas(position, self.p_mean, self.p_std, low, self.sigma_max)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"stage": self.stage(step)}
 
 
 def default_second_sigma(image_size: int) -> float:

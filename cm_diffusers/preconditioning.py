@@ -21,6 +21,9 @@ from torch import Tensor
 
 BOUNDARIES = ("edm", "euler", "lcm")
 
+# An EDM network with this factor on its time has a consistency network's.
+STOCK_TIME_SCALE = 1000.0
+
 # The smallest alpha_bar of zero-terminal-SNR schedules: they reach 0, where sigma is infinite. diffusers' Euler
 # scheduler uses the same number.
 SMALLEST_ALPHA_BAR = 2.0**-24
@@ -82,6 +85,11 @@ class Preconditioning:
     def scalings(self, sigma: Tensor) -> Scalings:
         c_skip, c_out = self.output_scalings(sigma)
         return Scalings(c_skip, c_out, self.input_scale(sigma), self.c_noise(sigma).to(torch.float32))
+
+    @property
+    def denoising(self) -> Preconditioning:
+        """The family by which the network is a denoiser: itself, but for consistency networks, whose D is f."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,10 @@ class CMPreconditioning(Preconditioning):
     def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
         return (_double(timestep) / 250).exp()
 
+    @property
+    def denoising(self) -> Preconditioning:
+        return EDMPreconditioning(self.sigma_range, self.sigma_data, time_scale=STOCK_TIME_SCALE)
+
 
 @dataclass(frozen=True)
 class FlowPreconditioning(Preconditioning):
@@ -230,7 +242,7 @@ class VEPreconditioning(Preconditioning):
         return _double(timestep)
 
 
-def edm_boundary_scalings(sigma: Tensor, sigma_min: float, sigma_data: float) -> tuple[Tensor, Tensor]:
+def edm_boundary_scalings(sigma: Tensor, sigma_min: float | Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """`(c_skip, c_out)` of the consistency function on EDM's F (Song et al. 2023, appendix C)."""
     # Not `sigma_data**2 / (... + sigma_data**2)`, which may miss 1 at sigma_min by a rounding error.
     c_skip = 1 / (1 + ((sigma - sigma_min) / sigma_data) ** 2)
@@ -251,13 +263,13 @@ class Boundary:
     Args:
         preconditioning ([`Preconditioning`]): the family of the network.
         form (`str`): `"edm"`, `"euler"` or `"lcm"`.
-        sigma_min (`float`): where f is the identity.
+        sigma_min (`float`, or `Tensor` of shape `(batch,)`): where f is the identity.
         timestep_scaling (`float`): sharpness of the `lcm` form.
     """
 
     preconditioning: Preconditioning
     form: str
-    sigma_min: float
+    sigma_min: float | Tensor
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
@@ -309,6 +321,11 @@ def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor,
         )
     prediction: Tensor = output[:, :channels]
     return prediction
+
+
+def second_time(preconditioning: HasScalings, sigma_lower: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What the network of a flow map is told of the level, of shape `(batch,)`, that it jumps to."""
+    return {"class_labels": send(preconditioning.scalings(sigma_lower).c_noise, device)}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

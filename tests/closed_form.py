@@ -66,6 +66,33 @@ class Mixture:
         return (log_likelihood.softmax(0) * answers).sum(0)
 
 
+@dataclass(frozen=True)
+class PointMixture:
+    """Points or images, each one of `means` with the same probability, with `N(0, std^2)` added to every value.
+
+    Args:
+        means (`Tensor` of shape `(components, channels, height, width)`): what the components look like.
+        std (`float`): how far points lie from them.
+    """
+
+    means: Tensor
+    std: float = 0.2
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        which = torch.randint(len(self.means), (count,), generator=generator)
+        return self.means[which] + self.std * torch.randn(count, *self.means.shape[1:], generator=generator)
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
+        """E[x0 | x]: the components' own answers, weighted by how likely each made x."""
+        variance = per_sample(sigma, x) ** 2
+        total = self.std**2 + variance
+        means = self.means.to(x)
+        distances = (x[:, None] - means).flatten(2).square().sum(2)
+        weights = (-distances / (2 * total.flatten()[:, None])).softmax(1)
+        mean = torch.einsum("bk,kchw->bchw", weights, means)
+        return (self.std**2 * x + variance * mean) / total
+
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -8,13 +8,17 @@ import torch
 from diffusers import CMStochasticIterativeScheduler
 
 from cm_diffusers.noise_levels import (
-    Levels,
+    GridLevels,
+    MappedLevels,
     doubling_num_levels,
     karras_grid,
     lognormal_probabilities,
+    lognormal_sigmas,
+    mapped_lower,
     pairs_at,
     progressive_mu,
     progressive_num_levels,
+    stage_at,
 )
 
 
@@ -154,7 +158,7 @@ def test_ends_of_the_unit_interval_give_the_ends_of_the_grid(probabilities: torc
 
 
 def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
-    levels = Levels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
+    levels = GridLevels(lambda step: 2 if step == 0 else 3, 0.002, 80.0)
     positions = torch.rand(100, generator=generator)
     first, second = levels.at(0, positions), levels.at(1, positions)
     assert set(first.sigma.tolist()) == {80.0}
@@ -164,6 +168,51 @@ def test_levels_change_grid_with_the_step(generator: torch.Generator) -> None:
 
 def test_levels_pass_lognormal_probabilities_on(generator: torch.Generator) -> None:
     grid = karras_grid(11, 0.002, 80.0)
-    drawn = Levels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).at(0, torch.rand(20_000, generator=generator))
+    drawn = GridLevels(lambda step: 11, 0.002, 80.0, lognormal=(-1.1, 2.0)).at(
+        0, torch.rand(20_000, generator=generator)
+    )
     index = torch.searchsorted(grid, drawn.sigma_lower)
     assert chi_square(torch.bincount(index, minlength=10), lognormal_probabilities(grid, -1.1, 2.0)) < 5
+
+
+# Levels that are on no grid ------------------------------------------------------------------------------------------
+
+
+def test_lognormal_sigmas_have_the_quantiles_of_a_truncated_normal() -> None:
+    position = (torch.arange(20_000) + 0.5).double() / 20_000
+    found = lognormal_sigmas(position, -1.0, 1.5, 0.05, 20.0).double().log()
+    draws = -1.0 + 1.5 * torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double()
+    kept = draws[(draws > math.log(0.05)) & (draws < math.log(20.0))]
+    quantiles = torch.linspace(0.02, 0.98, 25).double()
+    torch.testing.assert_close(found.quantile(quantiles), kept[:250_000].quantile(quantiles), rtol=0, atol=0.02)
+
+
+def test_lognormal_sigmas_end_where_they_should() -> None:
+    ends = lognormal_sigmas(torch.tensor([0.0, 1 - 2.0**-53]).double(), -1.1, 2.0, 0.002, 80.0)
+    torch.testing.assert_close(ends, torch.tensor([0.002, 80.0]))
+
+
+def test_stages_divide_a_run_evenly() -> None:
+    assert [stage_at(step, 10, 4) for step in range(12)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_mapped_lower_levels() -> None:
+    # n(2) = 1 + 8 / (1 + e^2) = 1.95362; a half of it is taken away in stage 0, a quarter in stage 1.
+    found = [float(mapped_lower(torch.tensor([2.0]), stage, 2.0, 0.002)) for stage in (0, 1)]
+    assert found == pytest.approx([2 * (1 - 1.953624 / 2), 2 * (1 - 1.953624 / 4)], rel=1e-4)
+    assert float(mapped_lower(torch.tensor([0.1]), 0, 2.0, 0.002)) == pytest.approx(0.002)  # n(0.1) = 4.8
+
+
+def test_mapped_levels_never_meet() -> None:
+    levels = MappedLevels(lambda step: step, 2.0, 0.002, 80.0, -1.1, 2.0)
+    position = torch.linspace(0, 1 - 1e-12, 1001, dtype=torch.float64)
+    for stage in range(8):
+        pair = levels.at(stage, position)
+        assert (pair.sigma_lower >= 0.002 * (1 - 1e-6)).all() and (pair.sigma - pair.sigma_lower > 1e-6).all()
+
+
+def test_truncated_levels_have_their_share_at_the_boundary() -> None:
+    levels = MappedLevels(lambda step: 3, 2.0, 0.002, 80.0, -1.1, 2.0, sigma_boundary=0.7)
+    pair = levels.at(0, torch.linspace(0, 0.9999, 4000, dtype=torch.float64))
+    assert float((pair.sigma == 0.7).double().mean()) == pytest.approx(0.25, abs=0.01)
+    assert pair.sigma.min() == pytest.approx(0.7) and pair.sigma_lower.min() < 0.7

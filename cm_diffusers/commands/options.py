@@ -11,6 +11,7 @@ USAGE = {
     "train": "Train a one-step network on data alone (consistency training).",
     "sample": "Draw images from a student.",
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
+    "timesteps": "Search the noise levels at which a student's few-step samples have the lowest FID, and store them.",
     "push": "Publish a student on the Hub, with a model card made of its run and its evaluation.",
     "export": "Write a student for stock diffusers or as ONNX.",
     "demo": "Open a page in the browser: sample, edit, and see the teacher beside the student.",

@@ -4,6 +4,7 @@ from cm_diffusers.evaluation.metrics import all_metrics, frechet_distance
 from cm_diffusers.evaluation.reference import Reference
 from cm_diffusers.evaluation.results import Protocol, Report, Result
 from cm_diffusers.evaluation.sampling import Sampler, student_sampler, teacher_sampler
+from cm_diffusers.evaluation.timestep_search import search_levels, store_levels
 
 __all__ = [
     "Evaluator",
@@ -16,6 +17,8 @@ __all__ = [
     "all_metrics",
     "frechet_distance",
     "load_features",
+    "search_levels",
+    "store_levels",
     "student_sampler",
     "teacher_sampler",
 ]

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from cm_diffusers.evaluation.features import Features
-from cm_diffusers.evaluation.metrics import all_metrics
+from cm_diffusers.evaluation.metrics import all_metrics, frechet_distance
 from cm_diffusers.evaluation.reference import Reference, reference_features
 from cm_diffusers.evaluation.results import Protocol, Result
 from cm_diffusers.evaluation.sampling import Sampler
@@ -81,6 +81,12 @@ class Evaluator:
             found, model=sampler.model, sampler=sampler.description, nfe=sampler.nfe, protocol=self.protocol,
             seconds_per_1000=1000 * seconds / (self.repeats * self.num_images), weights=sampler.digest,
         )  # fmt: skip
+
+    def fid(self, sampler: Sampler) -> float:
+        """FID alone, of the first repetition: what a search over many samplers needs. Raises what `measure` does."""
+        real = self.real
+        features = self._draw(sampler, 0)[0]
+        return float(on_main(PartialState(), functools.partial(frechet_distance, features, real)))
 
     def _draw(self, sampler: Sampler, first: int) -> tuple[Tensor, Tensor | None, float]:
         """Features and logits of the images from the seed `first` on, and the seconds that drawing them took."""

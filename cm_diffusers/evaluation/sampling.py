@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_diffusers.evaluation.digests import network_digest
+from cm_diffusers.evaluation.digests import model_digest
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -45,10 +44,7 @@ class Sampler:
     @cached_property
     def digest(self) -> str:
         """Of the weights and the scheduler: what tells this model from another of the same name. Empty if unknown."""
-        if self.network is None:
-            return ""
-        config = {name: value for name, value in (self.config or {}).items() if not name.startswith("_")}
-        return network_digest(self.network, json.dumps(config, sort_keys=True, default=str))
+        return "" if self.network is None else model_digest(self.network, self.config or {})
 
 
 def student_sampler(

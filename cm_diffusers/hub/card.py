@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from cm_diffusers.evaluation.digests import model_digest
 from cm_diffusers.evaluation.in_loop import HISTORY, read_history
 from cm_diffusers.evaluation.results import TITLES, Protocol, Report
+from cm_diffusers.evaluation.timestep_search import levels_text
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.record import HUB_ID, SAMPLES, TrainingRecord
+
+logger = logging.getLogger(__name__)
 
 TASK = "unconditional-image-generation"
 RENDERED = "<!-- Rendered by cm_diffusers, and anew with every push. Delete this line to keep what you change. -->"
@@ -73,10 +80,24 @@ class Student:
     def record(self) -> TrainingRecord | None:
         return TrainingRecord.load(self.folder)
 
-    @property
+    @cached_property
     def report(self) -> Report | None:
+        """Its evaluation; none if that is of other weights, or of the levels before others were stored."""
         path = self.folder / "evaluation" / "report.json"
-        return Report.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        report = Report.load(path)
+        if self._is_measured_by(report):
+            return report
+        logger.warning("%s is of other weights or stored noise levels, and left out: evaluate the student anew.", path)
+        return None
+
+    def _is_measured_by(self, report: Report) -> bool:
+        """Whether the report's figures are this student's, as far as it says whose they are."""
+        measured = {result.weights for result in report.of("student")} - {""}
+        if not measured:
+            return True
+        return measured == {model_digest(UNet2DModel.from_pretrained(self.folder / "unet"), self.scheduler.config)}
 
     @property
     def last_measured(self) -> list[dict[str, Any]]:
@@ -294,11 +315,8 @@ def _figures(entry: dict[str, Any]) -> str:
 
 
 def _limitations(student: Student) -> str:
-    sigmas = student.scheduler.config.few_step_sigmas or {}
-    stored = "; ".join(
-        f"{steps} steps at σ = {', '.join(f'{sigma:.3g}' for sigma in levels)}"
-        for steps, levels in sorted(sigmas.items())
-    )
+    sigmas = {int(steps): levels for steps, levels in (student.scheduler.config.few_step_sigmas or {}).items()}
+    stored = "; ".join(f"{steps} steps at σ = {levels_text(levels)}" for steps, levels in sorted(sigmas.items()))
     lines = [
         "It knows the images that it was trained on, with their biases and gaps, and no others.",
         "One step trades quality for speed: compare with more steps.",

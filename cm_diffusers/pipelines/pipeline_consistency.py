@@ -169,6 +169,8 @@ class ConsistencyPipeline(DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
+                if self.scheduler.config.flow_map:
+                    conditioning = {"class_labels": self.scheduler.target_timesteps[i].expand(len(latents))}
                 model_output = self._predict(latents, t, conditioning, guidance_scale)
                 noisier, denoised = self.scheduler.step(model_output, t, latents, generator, return_dict=False)
                 latents = noisier if known is None else noisier + (known.put_back(denoised) - denoised)

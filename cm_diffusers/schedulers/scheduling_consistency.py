@@ -71,6 +71,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             descending. Other numbers of steps are spread over the Karras grid.
         num_levels (`int`, *optional*): length of the Karras grid that the student was trained on, whose levels are the
             only ones it knows well; `num_train_timesteps` when `None`.
+        flow_map (`bool`): the network is told which lower level to jump to, as a second time, and jumps there without
+            noise being added. Its boundary is `euler`.
     """
 
     order = 1
@@ -99,6 +101,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         few_step_sigmas: dict[str, list[float]] | None = None,
         num_levels: int | None = None,
         time_scale: float = 1.0,
+        flow_map: bool = False,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -111,6 +114,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             )
         if num_levels is not None and num_levels < 2:
             raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
+        if flow_map and (boundary != "euler" or family == "consistency"):
+            raise ValueError(
+                f"A flow map is a step along D: it needs `boundary='euler'` and a family that has a D, got "
+                f"{boundary!r} and {family!r}."
+            )
         for steps, levels in (few_step_sigmas or {}).items():
             if int(steps) != len(levels):
                 raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
@@ -217,14 +225,22 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             levels = self._sigmas_at(timesteps)
         else:
-            levels = self._spread(num_inference_steps)
+            levels = self.levels_for(num_inference_steps)
         self.num_inference_steps = len(levels)
         # Sampling may start below sigma_max; diffusers' own class starts from sigma_max whatever its indices say.
         starts_lower = not stock_start and levels[0] < self.config.sigma_max * (1 - 1e-6)
         self.init_noise_sigma = float(levels[0]) if starts_lower else self.config.sigma_max
         self._set_schedule(levels, device)
 
-    def _spread(self, steps: Any) -> np.ndarray:
+    def levels_for(self, steps: Any) -> np.ndarray:
+        """The noise levels of a number of steps, descending: those that are stored for it, or spread over the grid.
+
+        Args:
+            steps (`int`): as `num_inference_steps` in `set_timesteps`.
+
+        Raises:
+            `ValueError`: if it is no positive integer, or none are stored and the grid has fewer.
+        """
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
         stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(int(steps))
@@ -238,6 +254,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def grid_length(self) -> int:
         """How many levels the Karras grid has."""
         return int(self.config.num_levels or self.config.num_train_timesteps)
+
+    @property
+    def grid(self) -> np.ndarray:
+        """All levels of the Karras grid, descending, in float64."""
+        return self._karras(np.arange(self.grid_length))
 
     def _karras(self, indices: np.ndarray) -> np.ndarray:
         config = self.config
@@ -268,7 +289,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """`levels` in float64, descending. `sigmas` stays on the CPU: reading a level must not wait for a device."""
         timesteps = self.preconditioning.c_noise(torch.from_numpy(levels.copy()))
         self.timesteps = timesteps.to(torch.float32).to(device)
-        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min).astype(np.float32))
+        levels = np.append(levels, self.config.sigma_min)
+        targets = self.preconditioning.c_noise(torch.from_numpy(levels[1:].copy()))
+        self.target_timesteps = targets.to(torch.float32).to(device)
+        self.sigmas = torch.from_numpy(levels.astype(np.float32))
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
@@ -319,6 +343,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     ) -> ConsistencySchedulerOutput | tuple[Tensor, ...]:
         """Jump to the clean sample, then add noise up to the next level; none after the last.
 
+        A flow map jumps to the next level itself, along the line through the clean sample that it predicts.
+
         Args:
             model_output (`Tensor` of shape `(batch, channels, height, width)`): the network's output (a predicted
                 variance behind it is dropped).
@@ -330,14 +356,17 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         index = self._locate(timestep)
         # Half precision is too coarse for c_skip * x at sigma = 80.
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        c_skip, c_out, *_ = self.boundary.scalings(self.sigmas[index])
+        function = self.preconditioning if self.config.flow_map else self.boundary
+        c_skip, c_out, *_ = function.scalings(self.sigmas[index])
         output = model_output[:, : sample.shape[1]].to(dtype)
         denoised = c_out * output + c_skip * sample.to(dtype)
         if self.config.clip_denoised:
             denoised = denoised.clamp(*self.config.image_range)
 
         prev_sample = denoised
-        if self._adds_noise_after(index):
+        if self.config.flow_map:
+            prev_sample = torch.lerp(denoised, sample.to(dtype), float(self.sigmas[index + 1] / self.sigmas[index]))
+        elif self._adds_noise_after(index):
             noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
             prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(self.sigmas[index + 1])
         self._step_index = index + 1
@@ -398,7 +427,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         if not self.is_stock:
             return None
-        levels, grid = self._spread(num_inference_steps), self._karras(np.arange(self.grid_length))
+        levels, grid = self.levels_for(num_inference_steps), self.grid
         indices = np.abs(np.log(grid) - np.log(levels)[:, None]).argmin(axis=1)
         starts_at_top = indices[0] == 0  # as diffusers' own class does whatever its indices say
         return indices[::-1].tolist() if starts_at_top and np.allclose(grid[indices], levels, rtol=1e-5) else None

@@ -9,18 +9,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# A method is a choice of levels, source, target, distance and weighting (Song et al. 2023, algorithms 2 and 3); every
-# choice can be overridden in the config.
+# A method is a choice of levels, source, target, distance and weighting; every choice can be overridden in the config.
+_EASY = {
+    "levels": "mapping", "stages": 8, "mapping_base": 2.0, "level_distribution": "lognormal", "p_mean": -1.1,
+    "p_std": 2.0, "target": "student", "distance": "pseudo_huber", "weighting": "inverse_gap",
+}  # fmt: skip
+_CONTINUOUS = {
+    "levels": "continuous", "level_distribution": "lognormal", "p_mean": -1.0, "p_std": 1.4, "target": "student",
+    "distance": "l2", "weighting": "adaptive",
+}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
+    # Song et al. 2023, algorithms 2 and 3
     "cd": {
-        "levels": "fixed", "num_levels": 40, "level_distribution": "uniform", "source": "teacher", "solver": "heun",
-        "target": "ema", "mu": 0.95, "mu_schedule": "fixed", "distance": "lpips", "weighting": "uniform",
+        "levels": "fixed", "num_levels": 40, "level_distribution": "uniform", "p_mean": -1.1, "p_std": 2.0,
+        "source": "teacher", "solver": "heun", "target": "ema", "mu": 0.95, "mu_schedule": "fixed",
+        "distance": "lpips", "weighting": "uniform",
     },
     "ct": {
-        "levels": "progressive", "s0": 2, "s1": 150, "level_distribution": "uniform", "source": "data",
-        "target": "ema", "mu": 0.9, "mu_schedule": "progressive", "distance": "lpips", "weighting": "uniform",
+        "levels": "progressive", "s0": 2, "s1": 150, "level_distribution": "uniform", "p_mean": -1.1, "p_std": 2.0,
+        "source": "data", "target": "ema", "mu": 0.9, "mu_schedule": "progressive",
+        "distance": "lpips", "weighting": "uniform",
+    },
+    # Song & Dhariwal 2023
+    "ict": {
+        "levels": "doubling", "s0": 10, "s1": 1280, "level_distribution": "lognormal", "p_mean": -1.1, "p_std": 2.0,
+        "source": "data", "target": "student", "distance": "pseudo_huber", "weighting": "inverse_gap",
+    },
+    # Geng et al. 2024
+    "ect": {**_EASY, "source": "data"},
+    "ecd": {**_EASY, "source": "teacher", "solver": "heun"},
+    # Lee et al. 2024
+    "tcm": {**_EASY, "source": "data", "truncation": 1.0},
+    # Lu & Song 2024
+    "sct": {**_CONTINUOUS, "source": "data"},
+    "scd": {**_CONTINUOUS, "source": "teacher"},
+    # Geng et al. 2025
+    "meanflow": {
+        **_CONTINUOUS, "source": "data", "flow_map": True, "tangent_warmup_steps": 0, "weighting": "uniform",
     },
 }  # fmt: skip
+
+
+# What each kind of levels cannot do without, and what means nothing to the others.
+NEEDED_BY_LEVELS: dict[str, tuple[str, ...]] = {
+    "fixed": ("num_levels",), "progressive": ("s0", "s1"), "doubling": ("s0", "s1"),
+    "mapping": ("stages", "mapping_base"), "continuous": (),
+}  # fmt: skip
+ONLY_FOR_LEVELS = {
+    "mapping": ("stages", "mapping_base", "truncation"),
+    "continuous": ("flow_map", "tangent_warmup_steps", "derivative"),
+}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -40,7 +78,9 @@ class ConsistencyConfig:
         `ValueError`: for values out of range or choices that do not go together.
     """
 
-    method: Literal["cd", "ct"] = _option("cd", "cd: distil a teacher; ct: train on data alone")
+    method: Literal["cd", "ct", "ict", "ect", "ecd", "tcm", "sct", "scd", "meanflow"] = _option(
+        "cd", "cd, ecd, scd: distil a teacher; ct, ict, ect, tcm, sct, meanflow: train on data"
+    )
 
     # The teacher
     teacher: str | None = _option(None, "folder or Hub id of the teacher's pipeline")
@@ -69,13 +109,17 @@ class ConsistencyConfig:
     )
 
     # The five choices
-    levels: Literal["fixed", "progressive", "doubling"] | None = _option(None, "N(k), the number of noise levels")
+    levels: Literal["fixed", "progressive", "doubling", "mapping", "continuous"] | None = _option(
+        None, "the lower level of a pair: the next of N(k) on a grid, mapped from the higher one, or its limit"
+    )
     num_levels: int | None = _option(None, "N, for fixed levels")
     s0: int | None = _option(None, "first number of intervals, for progressive and doubling levels")
     s1: int | None = _option(None, "last number of intervals, for progressive and doubling levels")
+    stages: int | None = _option(None, "so many times the gap of mapped levels shrinks")
+    mapping_base: float | None = _option(None, "... by this factor")
     level_distribution: Literal["uniform", "lognormal"] | None = _option(None, "how a pair of levels is drawn")
-    p_mean: float = _option(-1.1, "mean of ln sigma, for lognormal draws")
-    p_std: float = _option(2.0, "standard deviation of ln sigma, for lognormal draws")
+    p_mean: float | None = _option(None, "mean of ln sigma, for lognormal draws")
+    p_std: float | None = _option(None, "standard deviation of ln sigma, for lognormal draws")
     source: Literal["teacher", "data"] | None = _option(None, "where the lower point comes from")
     solver: Literal["euler", "heun"] | None = _option(None, "the teacher's ODE step")
     target: Literal["ema", "student"] | None = _option(None, "which weights answer at the lower point")
@@ -83,7 +127,24 @@ class ConsistencyConfig:
     mu_schedule: Literal["fixed", "progressive"] | None = _option(None, "whether mu follows N(k)")
     distance: Literal["l1", "l2", "lpips", "pseudo_huber"] | None = _option(None, "distance between two images")
     huber_c: float | None = _option(None, "constant of the pseudo-Huber distance; by default 0.00054 * sqrt(d)")
-    weighting: Literal["uniform", "inverse_gap"] | None = _option(None, "loss weight: 1, or 1 / (sigma - sigma_lower)")
+    weighting: Literal["uniform", "inverse_gap", "adaptive"] | None = _option(
+        None, "loss weight: 1, 1 / (sigma - sigma_lower), or learned so that all noise levels count the same"
+    )
+
+    # Of some methods
+    truncation: float | None = _option(
+        None, "second stage of tcm: a student of the noise levels above this one, whose target below is the first's"
+    )
+    first_stage_steps: int | None = _option(None, "steps before the truncation; by default half of the steps")
+    flow_map: bool | None = _option(None, "a student that is told, as a second time, which lower level to jump to")
+    tangent_warmup_steps: int | None = _option(
+        None, "steps until continuous levels take in the network's derivative; by default a tenth, at most 10,000"
+    )
+    derivative: Literal["forward", "finite_difference"] | None = _option(
+        None, "the network's, for continuous levels; by default forward mode, where nothing stands in its way"
+    )
+    real_data: float = _option(0.0, "part of each batch whose lower point comes from the data, not from the teacher")
+    adversarial_weight: float = _option(0.0, "weight of a loss by which images must not be told from real ones")
 
     # Data
     dataset: str | None = _option(None, "Hub id, folder of images, parquet files, or a saved dataset")
@@ -159,16 +220,15 @@ class ConsistencyConfig:
 
     def resolve(self) -> ConsistencyConfig:
         """The config with the method's choices filled in, and checked against each other."""
-        choices = {k: v for k, v in METHODS[self.method].items() if getattr(self, k) is None}
-        config = dataclasses.replace(self, **choices)
-        if config.levels != "fixed" and (config.s0 is None or config.s1 is None):
-            raise ValueError(f"`levels={config.levels!r}` needs `s0` and `s1`.")
-        if config.levels == "fixed" and config.num_levels is None:
-            raise ValueError("`levels='fixed'` needs `num_levels`.")
-        if config.mu_schedule == "progressive" and config.s0 is None:
-            raise ValueError("`mu_schedule='progressive'` needs `s0`.")
-        if config.source == "teacher" and config.solver is None:
+        choices = {name: value for name, value in METHODS[self.method].items() if getattr(self, name) is None}
+        levels = self.levels or choices["levels"]
+        foreign = {name for kind, names in ONLY_FOR_LEVELS.items() if kind != levels for name in names}
+        config = dataclasses.replace(self, **{k: v for k, v in choices.items() if k not in foreign})
+        config._check_levels()
+        if config.source == "teacher" and config.solver is None and config.levels != "continuous":
             raise ValueError("`source='teacher'` needs a `solver`.")
+        if config.real_data and config.source != "teacher":
+            raise ValueError("`real_data` takes the place of a part of the teacher's: it needs `source='teacher'`.")
         if config.guidance_scale != 1 and config.source != "teacher":
             raise ValueError("`guidance_scale` acts on the teacher's steps: it needs `source='teacher'`.")
         if config.guidance_scale != 1 and config.null_class_label is None:
@@ -177,21 +237,48 @@ class ConsistencyConfig:
             raise ValueError("`label_dropout` needs `null_class_label`, the label that stands for 'no class'.")
         return config
 
+    def _check_levels(self) -> None:
+        """See that what the levels need is there, and that what is there has a meaning for them."""
+        levels = self.levels or "fixed"
+        for name in NEEDED_BY_LEVELS[levels]:
+            if getattr(self, name) is None:
+                raise ValueError(f"`levels={levels!r}` needs `{name}`.")
+        for kind, names in ONLY_FOR_LEVELS.items():
+            for name in names:
+                if kind != levels and getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` is for `levels={kind!r}`, which are {levels!r}.")
+        if self.level_distribution == "lognormal" and (self.p_mean is None or self.p_std is None):
+            raise ValueError("`level_distribution='lognormal'` needs `p_mean` and `p_std`.")
+        if self.mu_schedule == "progressive" and (self.s0 is None or levels in ("mapping", "continuous")):
+            raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
+        if self.first_stage_steps is not None and self.truncation is None:
+            raise ValueError("`first_stage_steps` needs `truncation`, with which the second stage begins.")
+        if levels == "continuous":
+            self._require("distance", lambda value: value == "l2", "l2, as continuous levels compare derivatives")
+            self._require("weighting", lambda value: value != "inverse_gap", "uniform or adaptive: there is no gap")
+            self._require("target", lambda value: value == "student", "the student for continuous levels")
+            self._require("solver", lambda value: False, "none for continuous levels, which take no step")
+        if levels in ("mapping", "continuous"):
+            self._require("level_distribution", lambda value: value == "lognormal", "lognormal where there is no grid")
+
     def _check_numbers(self) -> None:
         positive = (
             "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
             "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit "
-            "s0 max_bad_steps distributed_timeout"
+            "s0 max_bad_steps distributed_timeout stages truncation first_stage_steps"
         )
         for name in positive.split():
             self._require(name, lambda value: value > 0, "positive")
         not_negative = (
-            "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay eval_steps"
+            "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay eval_steps "
+            "tangent_warmup_steps adversarial_weight"
         )
         for name in not_negative.split():
             self._require(name, lambda value: value >= 0, "at least 0")
         self._require("num_levels", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
+        self._require("mapping_base", lambda value: value > 1, "above 1")
         self._require("s1", lambda value: value >= (self.s0 or 1), "at least `s0`")
+        self._require("real_data", lambda value: 0 <= value <= 1, "in [0, 1]")
         self._require("label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
         self._require("mu", lambda value: 0 <= value < 1, "in [0, 1)")
         self._require("max_grad_norm", lambda value: value > 0, "positive")

@@ -1,30 +1,60 @@
-"""What a run does in which order: a conversion if the teacher needs one, then the method itself."""
+"""What a run does in which order: a conversion if the teacher needs one, then the method, in one stage or two."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cm_diffusers.noise_levels import Levels
 from cm_diffusers.preconditioning import Denoiser, GuidedDenoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.distances import build_distance
-from cm_diffusers.training.ema import EMA
 from cm_diffusers.training.objectives import Objective
+from cm_diffusers.training.objectives.adversarial import Adversarial
 from cm_diffusers.training.objectives.conversion import ConversionObjective
-from cm_diffusers.training.objectives.pairs import WEIGHTINGS, FromTeacher, PairObjective, Source, from_data
-from cm_diffusers.training.schedules import learning_rate
+from cm_diffusers.training.objectives.pairs import (
+    WEIGHTINGS,
+    FromTeacher,
+    PairObjective,
+    PartlyFromData,
+    Piecewise,
+    Source,
+    from_data,
+)
+from cm_diffusers.training.objectives.tangents import (
+    DERIVATIVES,
+    ConsistencyJumps,
+    FlowMapJumps,
+    NormalizedTangent,
+    PowerNormalizedTangent,
+    TangentObjective,
+    WarmUp,
+)
+from cm_diffusers.training.objectives.weights import AdaptivelyWeighted
+from cm_diffusers.training.schedules import learning_rate, make_levels, make_sigmas
 from cm_diffusers.training.solvers import SOLVERS, Denoise
 from cm_diffusers.training.student import needs_conversion
 from cm_diffusers.training.teacher import Teacher
 
+CONVERSION = "conversion"
+
 
 @dataclass
 class Phase:
-    """A stretch of training with one objective and its own learning rates."""
+    """A stretch of training with one objective and its own learning rates.
+
+    Args:
+        name (`str`): [`CONVERSION`], or the method's.
+        objective ([`~cm_diffusers.training.objectives.Objective`]): what is minimised.
+        start, steps (`int`): its first step in the run, and how many it has.
+        learning_rate (`float`), lr_schedule (`str`), lr_warmup_steps (`int`): as in the config.
+        describe (`Callable[[int], dict[str, float]]`): where its curriculum stands, for the log.
+    """
 
     name: str
     objective: Objective
@@ -33,57 +63,156 @@ class Phase:
     learning_rate: float
     lr_schedule: str
     lr_warmup_steps: int
+    describe: Callable[[int], dict[str, float]] = lambda step: {}
+
+    @property
+    def is_method(self) -> bool:
+        """Whether a consistency function is trained, and not only prepared for."""
+        return self.name != CONVERSION
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from the beginning of the phase."""
         return learning_rate(step, self.steps, self.learning_rate, self.lr_schedule, self.lr_warmup_steps)
 
 
+@dataclass(frozen=True)
+class Networks:
+    """What the objectives of a run are made of.
+
+    Args:
+        student (`nn.Module`): the network that is trained, as accelerate wraps it.
+        target (`nn.Module`, *optional*): the average that answers at the lower level; the student itself when `None`.
+        first_stage (`nn.Module`, *optional*): the frozen student of a first stage.
+        log_loss (`nn.Module`, *optional*): the estimate behind a learned weight.
+        discriminator (`nn.Module`, *optional*): tells the student's images from real ones.
+        forward_mode (`bool`): whether nothing stands in the way of forward-mode differentiation of the student.
+    """
+
+    student: Any
+    target: nn.Module | None = None
+    first_stage: nn.Module | None = None
+    log_loss: nn.Module | None = None
+    discriminator: nn.Module | None = None
+    forward_mode: bool = True
+
+    @property
+    def plain(self) -> Any:
+        """The student without the wrapper of several processes, which synchronises for passes without gradient."""
+        return getattr(self.student, "module", self.student)
+
+
 def make_phases(
     config: ConsistencyConfig,
     teacher: Teacher | None,
     scheduler: ConsistencyScheduler,
-    levels: Levels,
-    student: Any,
-    target_ema: EMA | None,
+    networks: Networks,
     device: torch.device,
 ) -> list[Phase]:
-    """The phases of a resolved config; the method itself is the last.
+    """The phases of a resolved config; the method itself is the last, or the last two."""
+    phases: list[Phase] = []
 
-    Args:
-        student (`nn.Module`): the network that is trained, as accelerate wraps it.
-        target_ema ([`~cm_diffusers.training.ema.EMA`], *optional*): the target's weights; the student's own if `None`.
-    """
-    if target_ema is not None:
-        target_ema.network.train()  # the dropout of the student
-    f = Denoiser(student, scheduler.boundary)
-    # Not through the wrapper of several processes, which would synchronise for a pass without gradient.
-    target_network = getattr(student, "module", student) if target_ema is None else target_ema.network
-    f_target = Denoiser(target_network, scheduler.boundary)
-    distance = build_distance(config.distance or "l2", config.huber_c, tuple(scheduler.config.image_range), device)
-    weighting = WEIGHTINGS[config.weighting or "uniform"]
-    method = PairObjective(f, f_target, levels, _source(config, teacher), distance, weighting)
+    def add(name: str, objective: Objective, steps: int, **rest: Any) -> None:
+        rates = (config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
+        rates = rest.pop("rates", rates)
+        start = phases[-1].start + phases[-1].steps if phases else 0
+        phases.append(Phase(name, objective, start, steps, *rates, **rest))
 
     steps = conversion_steps(config, teacher, scheduler)
-    rate, schedule, warmup = config.learning_rate, config.lr_schedule, config.lr_warmup_steps
-    phases = [Phase(config.method, method, steps, config.max_train_steps, rate, schedule, warmup)]
     if steps and teacher is not None:
-        own = Denoiser(student, scheduler.preconditioning)
-        conversion = ConversionObjective(own, teacher.denoiser, levels.sigma_min, levels.sigma_max, levels.rho)
-        rate = config.conversion_learning_rate
-        phases.insert(0, Phase("conversion", conversion, 0, steps, rate, "cosine", steps // 20))
+        now = scheduler.config
+        own = Denoiser(networks.student, scheduler.preconditioning)
+        conversion = ConversionObjective(
+            own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho, flow_map=now.flow_map
+        )
+        add(CONVERSION, conversion, steps, rates=(config.conversion_learning_rate, "cosine", steps // 20))
+
+    def with_terms(objective: Objective) -> Objective:
+        if networks.log_loss is not None:
+            objective = AdaptivelyWeighted(objective, networks.log_loss)
+        if networks.discriminator is not None and teacher is not None:
+            ends = (scheduler.config.sigma_min, scheduler.config.sigma_max)
+            objective = Adversarial(objective, networks.discriminator, teacher, config.adversarial_weight, *ends)
+        return objective
+
+    if config.levels == "continuous":
+        tangents = _tangent_objective(config, teacher, scheduler, networks)
+        add(config.method, with_terms(tangents), config.max_train_steps)
+        return phases
+    for levels, steps in stages(config, scheduler):
+        second = len(phases) > 0 and phases[-1].is_method
+        objective = _pair_objective(config, teacher, scheduler, networks, levels, device, second)
+        add(config.method, with_terms(objective), steps, describe=levels.describe)
     return phases
 
 
-def _source(config: ConsistencyConfig, teacher: Teacher | None) -> Source:
+def stages(config: ConsistencyConfig, scheduler: ConsistencyScheduler) -> list[tuple[Levels, int]]:
+    """The levels of a method's stages, and their steps."""
+    total, first = config.max_train_steps, first_stage_steps(config)
+    now = (scheduler.config.sigma_min, scheduler.config.sigma_max, scheduler.config.rho)
+    found = [(make_levels(config, first, *now), first)]
+    if first < total:
+        found.append((make_levels(config, total - first, *now, is_truncated=True), total - first))
+    return found
+
+
+def first_stage_steps(config: ConsistencyConfig) -> int:
+    """Steps of a method before its truncation; all of them where there is none."""
+    if config.truncation is None:
+        return config.max_train_steps
+    return min(config.first_stage_steps or max(1, config.max_train_steps // 2), config.max_train_steps)
+
+
+def _pair_objective(
+    config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler, networks: Networks,
+    levels: Levels, device: torch.device, is_truncated: bool,
+) -> PairObjective:  # fmt: skip
+    f = Denoiser(networks.student, scheduler.boundary)
+    target: Denoise = Denoiser(networks.target or networks.plain, scheduler.boundary)
+    # A learned weight takes the place of one that is given.
+    weighting = WEIGHTINGS.get(config.weighting or "uniform", WEIGHTINGS["uniform"])
+    if is_truncated and networks.first_stage is not None:
+        below = Denoiser(networks.first_stage, scheduler.boundary)
+        target = Piecewise(target, below, config.truncation or 1.0)
+    distance = build_distance(config.distance or "l2", config.huber_c, tuple(scheduler.config.image_range), device)
+    denoise = _teacher_denoiser(config, teacher)
+    source: Source = from_data
+    if denoise is not None:
+        source = FromTeacher(denoise, SOLVERS[config.solver or "heun"])
+    if config.real_data:
+        source = PartlyFromData(source, config.real_data)
+    return PairObjective(f, target, levels, source, distance, weighting)
+
+
+def _tangent_objective(
+    config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler, networks: Networks
+) -> TangentObjective:
+    low, high, family = scheduler.config.sigma_min, scheduler.config.sigma_max, scheduler.preconditioning
+    sigmas = make_sigmas(config, low, high)
+    jumps = FlowMapJumps(family, low, sigmas) if config.flow_map else ConsistencyJumps(scheduler.boundary, sigmas)
+    return TangentObjective(
+        networks.student, networks.plain, family.denoising, jumps, _teacher_denoiser(config, teacher),
+        DERIVATIVES[config.derivative or ("forward" if networks.forward_mode else "finite_difference")],
+        PowerNormalizedTangent() if config.flow_map else NormalizedTangent(),
+        WarmUp(tangent_warmup_steps(config)), config.real_data,
+    )  # fmt: skip
+
+
+def tangent_warmup_steps(config: ConsistencyConfig) -> int:
+    """Steps until the network's own derivative counts fully."""
+    if config.tangent_warmup_steps is not None:
+        return config.tangent_warmup_steps
+    return min(config.max_train_steps // 10, 10_000)
+
+
+def _teacher_denoiser(config: ConsistencyConfig, teacher: Teacher | None) -> Denoise | None:
+    """D of the teacher, or `None` for training on data."""
     if config.source == "data":
-        return from_data
+        return None
     if teacher is None:
         raise ValueError("`source='teacher'` needs a `teacher`.")
-    denoise: Denoise = teacher.denoiser
-    if config.guidance_scale != 1:
-        denoise = GuidedDenoiser(teacher.denoiser, config.guidance_scale, config.null_class_label or 0)
-    return FromTeacher(denoise, SOLVERS[config.solver or "heun"])
+    if config.guidance_scale == 1:
+        return teacher.denoiser
+    return GuidedDenoiser(teacher.denoiser, config.guidance_scale, config.null_class_label or 0)
 
 
 def conversion_steps(config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler) -> int:

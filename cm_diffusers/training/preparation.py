@@ -11,13 +11,14 @@ from diffusers import UNet2DModel
 
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
+from cm_diffusers.preconditioning import STOCK_TIME_SCALE
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.data import load_image_dataset, prepare_dataset
 from cm_diffusers.training.images import ImageSpec
-from cm_diffusers.training.schedules import make_levels
-from cm_diffusers.training.student import make_student
+from cm_diffusers.training.schedules import grid_length
+from cm_diffusers.training.student import add_second_time, make_student
 from cm_diffusers.training.teacher import Teacher
 
 
@@ -27,13 +28,17 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
     Raises:
         `ValueError`: if there is neither a teacher nor `unet_config`, or for values that the teacher does not allow.
     """
-    overrides = {name: getattr(config, name) for name in ("boundary", "sigma_min", "sigma_max", "few_step_sigmas")}
+    names = ("boundary", "sigma_min", "sigma_max", "few_step_sigmas", "flow_map")
+    overrides = {name: value for name in names if (value := getattr(config, name)) is not None}
     unet: Any
     if teacher is not None:
         unet, scheduler = make_student(teacher.unet, teacher.scheduler, config.conversion_steps != 0, **overrides)
     elif config.unet_config is not None:
         unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
-        scheduler = ConsistencyScheduler(**{name: value for name, value in overrides.items() if value is not None})
+        if config.flow_map:
+            add_second_time(unet)
+            overrides |= {"boundary": "euler", "family": "edm", "time_scale": STOCK_TIME_SCALE}
+        scheduler = ConsistencyScheduler(**overrides)
     else:
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
     return unet, _describe_training(config, scheduler, config.resolution or unet.config.sample_size or 64)
@@ -42,13 +47,14 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
 def _describe_training(config: ConsistencyConfig, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
     """The scheduler with the grid that the student ends its training on, and a second level out of it."""
     now = scheduler.config
-    length = make_levels(config, now.sigma_min, now.sigma_max, now.rho).num_levels(config.max_train_steps)
-    grid_field = "num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"
-    changes: dict[str, Any] = {grid_field: length}
-    if now.few_step_sigmas is None and length > 2:
+    length, second = grid_length(config), default_second_sigma(height_and_width(size)[0])
+    second = max(second, config.truncation or 0.0)
+    changes: dict[str, Any] = {}
+    if length is not None:
+        changes["num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"] = length
         grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
-        wanted = default_second_sigma(height_and_width(size)[0])
-        second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / wanted)))
+        second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / second)), default=0.0)
+    if now.few_step_sigmas is None and now.sigma_min < second < now.sigma_max:
         changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
     return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
 

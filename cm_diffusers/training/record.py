@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 RECORD, SAMPLES = "training.json", "samples.png"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHOICES = (
-    "levels num_levels s0 s1 level_distribution source solver target mu mu_schedule distance weighting guidance_scale"
+    "levels num_levels s0 s1 stages mapping_base level_distribution p_mean p_std source solver target mu mu_schedule "
+    "distance weighting guidance_scale truncation first_stage_steps flow_map tangent_warmup_steps real_data "
+    "adversarial_weight"
 ).split()
 OPTIMISATION = (
     "optimizer learning_rate lr_schedule batch_size gradient_accumulation_steps max_grad_norm ema_half_life"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from cm_diffusers.training import checkpoints, state
+from cm_diffusers.training.companions import Companion
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.loading import Batches
 from cm_diffusers.training.runtime import on_main
@@ -41,16 +43,18 @@ class Memory:
         limit (`int`): how many are kept.
         networks (`dict[str, nn.Module]`): the `"student"`, and what follows it.
         optimizer (`AcceleratedOptimizer`): the student's.
+        companions (`dict[str, Companion]`): what is trained beside it.
         batches ([`~cm_diffusers.training.loading.Batches`]): of this process.
         identity (`dict`): what has to be the same when the run is resumed: the config, and other plain values.
     """
 
     def __init__(
         self, accelerator: Accelerator, folder: Path, limit: int, networks: dict[str, nn.Module], optimizer: Any,
-        batches: Batches, identity: dict[str, Any],
+        companions: dict[str, Companion], batches: Batches, identity: dict[str, Any],
     ) -> None:  # fmt: skip
         self.accelerator, self.folder, self.limit = accelerator, folder, limit
-        self.networks, self.optimizer, self.batches, self.identity = networks, optimizer, batches, identity
+        self.networks, self.optimizer, self.companions = networks, optimizer, companions
+        self.batches, self.identity = batches, identity
         self._saved = Path()
 
     def save(self, step: int, progress: dict[str, float]) -> Path:
@@ -66,8 +70,11 @@ class Memory:
         folder = checkpoints.checkpoint_path(self.folder, step)
         if folder == self._saved:
             return folder
-        weights = {name: state.whole_weights(network) for name, network in self.networks.items()}
-        optimizer = state.whole_optimizer(self.networks["student"], self.optimizer.optimizer)
+        beside = {name: companion.module for name, companion in self.companions.items()}
+        weights = {name: state.whole_weights(network) for name, network in (self.networks | beside).items()}
+        optimizers = {
+            name: state.whole_optimizer(network, optimizer) for name, network, optimizer in self._optimizers()
+        }
         scaler = self.accelerator.scaler
         run = {
             **self.identity, "step": step, "data": gather_object([self.batches.state()]), "progress": progress,
@@ -75,7 +82,7 @@ class Memory:
         }  # fmt: skip
 
         def write(partial: Path) -> None:
-            state.write(partial, weights, optimizer)
+            state.write(partial, weights, optimizers)
             (partial / checkpoints.STATE).write_text(json.dumps(run, indent=2))
 
         def write_and_prune() -> None:
@@ -85,6 +92,12 @@ class Memory:
         on_main(self.accelerator, write_and_prune)
         self._saved = folder
         return folder
+
+    def _optimizers(self) -> Iterator[tuple[str, nn.Module, Any]]:
+        """The name, the network and the optimiser of everything that is trained."""
+        yield state.OPTIMIZER, self.networks["student"], self.optimizer.optimizer
+        for name, companion in self.companions.items():
+            yield f"{name}-{state.OPTIMIZER}", companion.module, companion.optimizer
 
     def resume(self, source: str) -> tuple[int, dict[str, float]]:
         """Take up the run from `"auto"` or a checkpoint's folder.
@@ -102,9 +115,11 @@ class Memory:
             return 0, {}
         folder, saved = found
         is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        for name, network in self.networks.items():
+        beside = {name: companion.module for name, companion in self.companions.items()}
+        for name, network in (self.networks | beside).items():
             state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
-        state.restore_optimizer(self.networks["student"], self.optimizer.optimizer, folder, is_main, distributed)
+        for name, network, optimizer in self._optimizers():
+            state.restore_optimizer(network, optimizer, folder, is_main, distributed, name)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.batches.is_stream:

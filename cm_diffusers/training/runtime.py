@@ -111,7 +111,9 @@ def settle(student: nn.Module, batch_size: int, device: torch.device) -> None:
         return
     config: Any = student.module.config
     images = torch.zeros(batch_size, config.in_channels, *height_and_width(config.sample_size), device=device)
-    labels = torch.zeros(batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
+    labels = None
+    if config.num_class_embeds or config.class_embed_type:
+        labels = torch.zeros(batch_size, dtype=torch.long, device=device)
     output = student(images, torch.zeros(batch_size, device=device), class_labels=labels, return_dict=False)[0]
     output.float().mean().backward()
     student.zero_grad()

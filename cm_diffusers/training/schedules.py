@@ -6,7 +6,18 @@ import functools
 import math
 from collections.abc import Callable
 
-from cm_diffusers.noise_levels import Levels, doubling_num_levels, progressive_mu, progressive_num_levels
+from torch import Tensor
+
+from cm_diffusers.noise_levels import (
+    GridLevels,
+    Levels,
+    MappedLevels,
+    doubling_num_levels,
+    lognormal_sigmas,
+    progressive_mu,
+    progressive_num_levels,
+    stage_at,
+)
 from cm_diffusers.training.config import ConsistencyConfig
 
 
@@ -42,15 +53,40 @@ def _constant(step: int, value: int) -> int:
     return value
 
 
-def mu_schedule(config: ConsistencyConfig, levels: Levels) -> Callable[[int], float]:
+def mu_schedule(config: ConsistencyConfig) -> Callable[[int], float]:
     """mu(k), the decay of the target, of a resolved config."""
     mu = config.mu or 0.0
     if config.mu_schedule != "progressive":
         return lambda step: mu
-    return lambda step: progressive_mu(levels.num_levels(step), config.s0 or 1, mu)
+    num_levels = num_levels_schedule(config)
+    return lambda step: progressive_mu(num_levels(step), config.s0 or 1, mu)
 
 
-def make_levels(config: ConsistencyConfig, sigma_min: float, sigma_max: float, rho: float) -> Levels:
-    """The noise levels of a resolved config."""
-    lognormal = (config.p_mean, config.p_std) if config.level_distribution == "lognormal" else None
-    return Levels(num_levels_schedule(config), sigma_min, sigma_max, rho, lognormal)
+def grid_length(config: ConsistencyConfig) -> int | None:
+    """How many levels the grid of a resolved config has in the end; `None` where levels are on no grid."""
+    if config.levels in ("mapping", "continuous"):
+        return None
+    return num_levels_schedule(config)(config.max_train_steps)
+
+
+def make_levels(
+    config: ConsistencyConfig, steps: int, sigma_min: float, sigma_max: float, rho: float, is_truncated: bool = False
+) -> Levels:
+    """The pairs of levels of a resolved config, for a phase of `steps` steps: the first, or the truncated second."""
+    mean, std = config.p_mean or 0.0, config.p_std or 1.0
+    if config.levels == "mapping":
+        stages = config.stages or 1
+        stage = functools.partial(stage_at, total_steps=steps, stages=stages)
+        if is_truncated:  # as near to each other as the first stage's were at its end
+            stage = functools.partial(_constant, value=stages - 1)
+        boundary = config.truncation if is_truncated else None
+        return MappedLevels(stage, config.mapping_base or 2.0, sigma_min, sigma_max, mean, std, boundary)
+    lognormal = (mean, std) if config.level_distribution == "lognormal" else None
+    return GridLevels(num_levels_schedule(config), sigma_min, sigma_max, rho, lognormal)
+
+
+def make_sigmas(config: ConsistencyConfig, sigma_min: float, sigma_max: float) -> Callable[[Tensor], Tensor]:
+    """The single levels of a resolved config, from positions that are uniform on [0, 1)."""
+    return functools.partial(
+        lognormal_sigmas, p_mean=config.p_mean or 0.0, p_std=config.p_std or 1.0, low=sigma_min, high=sigma_max
+    )

@@ -46,17 +46,18 @@ def whole_optimizer(student: nn.Module, optimizer: Any) -> dict[str, Any]:
     return get_optimizer_state_dict(student, optimizer, options=_options())
 
 
-def write(folder: Path, networks: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]) -> None:
-    """Write what [`whole_weights`] and [`whole_optimizer`] gathered, as safetensors and JSON."""
+def write(folder: Path, networks: dict[str, dict[str, Tensor]], optimizers: dict[str, dict[str, Any]]) -> None:
+    """Write what [`whole_weights`] and [`whole_optimizer`] gathered, as safetensors and JSON, under their names."""
     for name, tensors in networks.items():
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
-    moments = {
-        f"{parameter}/{name}": value.contiguous()
-        for parameter, values in optimizer["state"].items()
-        for name, value in values.items()
-    }
-    save_file(moments, folder / f"{OPTIMIZER}.safetensors")
-    (folder / f"{OPTIMIZER}.json").write_text(json.dumps(optimizer["param_groups"]))
+    for name, optimizer in optimizers.items():
+        moments = {
+            f"{parameter}/{moment}": value.contiguous()
+            for parameter, values in optimizer["state"].items()
+            for moment, value in values.items()
+        }
+        save_file(moments, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(optimizer["param_groups"]))
 
 
 def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: bool) -> None:
@@ -68,15 +69,17 @@ def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: 
         set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed))
 
 
-def restore_optimizer(student: nn.Module, optimizer: Any, folder: Path, is_main: bool, distributed: bool) -> None:
+def restore_optimizer(
+    student: nn.Module, optimizer: Any, folder: Path, is_main: bool, distributed: bool, name: str = OPTIMIZER
+) -> None:
     """Give the optimiser its state back. Only the main process reads the files."""
     state: dict[str, Any] = {}
     if is_main or not distributed:
         moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in load_file(folder / f"{OPTIMIZER}.safetensors").items():
-            parameter, name = key.rsplit("/", 1)
-            moments[parameter][name] = value
-        state = {"state": dict(moments), "param_groups": json.loads((folder / f"{OPTIMIZER}.json").read_text())}
+        for key, value in load_file(folder / f"{name}.safetensors").items():
+            parameter, moment = key.rsplit("/", 1)
+            moments[parameter][moment] = value
+        state = {"state": dict(moments), "param_groups": json.loads((folder / f"{name}.json").read_text())}
     if zero.is_zero_optimizer(optimizer):
         zero.restore_optimizer(student, optimizer, state.get("state", {}))
     else:

@@ -7,13 +7,12 @@ import math
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.preconditioning import CMPreconditioning, EDMPreconditioning
+from cm_diffusers.preconditioning import STOCK_TIME_SCALE, CMPreconditioning, EDMPreconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler
-
-STOCK_TIME_SCALE = 1000.0  # an EDM network with `time_scale` 1000 already has a consistency network's time
 
 
 def make_student(
@@ -25,6 +24,7 @@ def make_student(
     - An EDM network becomes a stock consistency network, which diffusers itself can run: the sign of its output is
       folded into the last layer, and its time embedding is refitted to the other time (exact up to a small error that
       training removes) unless it has that time already.
+    - A flow map gets a second time.
     - With `convert`, a VP network that predicts epsilon becomes one that predicts v. Its weights have to be trained
       for that by a [`~cm_diffusers.training.objectives.conversion.ConversionObjective`].
 
@@ -37,6 +37,9 @@ def make_student(
     preconditioning = read_preconditioning(scheduler)
     student = copy.deepcopy(unet).float().requires_grad_(True)
     cut_variance(student)
+    if overrides.get("flow_map"):
+        add_second_time(student)
+        overrides["boundary"] = "euler"
     if needs_conversion(scheduler) and convert:
         overrides["prediction_type"] = "v_prediction"
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")
@@ -67,6 +70,33 @@ def cut_variance(unet: Any) -> None:
     conv.bias.copy_(last.bias[:channels])  # type: ignore[union-attr]
     unet.conv_out = conv
     unet.register_to_config(out_channels=channels)
+
+
+@torch.no_grad()
+def add_second_time(unet: Any) -> None:
+    """Let a network be told a second time as `class_labels`, in place; at first it does not listen.
+
+    It stays a stock diffusers class, whose own `class_embed_type="timestep"` this is.
+
+    Raises:
+        `ValueError`: for networks that have another use of `class_labels`, or no such type.
+    """
+    config = unet.config
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
+        raise ValueError(
+            "A flow map's second time goes in as `class_labels`, and this network is class-conditional: diffusers' "
+            "UNets cannot take both. Train a method without `flow_map`."
+        )
+    if config.time_embedding_type != "positional":
+        raise ValueError(
+            f"A flow map needs a network with a positional time embedding, not {config.time_embedding_type!r}."
+        )
+    first, second = unet.time_embedding.linear_1, unet.time_embedding.linear_2
+    embedding = TimestepEmbedding(first.in_features, second.out_features).to(first.weight)
+    embedding.linear_2.weight.zero_()
+    embedding.linear_2.bias.zero_()
+    unet.class_embedding = embedding
+    unet.register_to_config(class_embed_type="timestep")
 
 
 @torch.no_grad()

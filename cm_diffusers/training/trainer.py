@@ -23,13 +23,16 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints
+from cm_diffusers.training.companions import Companion
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.ema import EMA, decay_for_half_life, whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.objectives.adversarial import Discriminator, feature_channels
+from cm_diffusers.training.objectives.weights import LogLoss
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
-from cm_diffusers.training.phases import Phase, make_phases
+from cm_diffusers.training.phases import Networks, Phase, first_stage_steps, make_phases
 from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
 from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
@@ -45,7 +48,7 @@ from cm_diffusers.training.runtime import (
     precision,
     settle,
 )
-from cm_diffusers.training.schedules import make_levels, mu_schedule
+from cm_diffusers.training.schedules import mu_schedule
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
@@ -53,6 +56,7 @@ from cm_diffusers.training.tracking import Meter, log_samples, save_samples, sta
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, PARTIAL_STUDENT = "checkpoints", ".student-"
+LOG_LOSS_RATE, DISCRIMINATOR_RATE = 1e-2, 1e-3
 DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
@@ -97,12 +101,8 @@ class ConsistencyTrainer:
         set_seed(config.seed, device_specific=True)
 
         self._prepare_networks(unet)
-        scheduler_config = self.scheduler.config
-        self.levels = make_levels(config, scheduler_config.sigma_min, scheduler_config.sigma_max, scheduler_config.rho)
-        self.mu = mu_schedule(config, self.levels)
-        self.phases = make_phases(
-            config, self.teacher, self.scheduler, self.levels, self.student, self.target_ema, self.accelerator.device
-        )
+        self.mu = mu_schedule(config)
+        self.phases = self._make_phases()
         self.batches = Batches(
             self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -110,14 +110,13 @@ class ConsistencyTrainer:
         networks = {"student": self.unet} | {name: average.network for name, average in self.averages().items()}
         self.memory = Memory(
             self.accelerator, self.output_dir / CHECKPOINTS, config.checkpoint_limit, networks, self.optimizer,
-            self.batches, self._identity(),
+            self.companions, self.batches, self._identity(),
         )  # fmt: skip
         self.step, self._seconds_before, self._started = 0, 0.0, time.monotonic()
         self.evaluation = self._prepare_evaluation()
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
-        self.meter = Meter(
-            self.accelerator, self.global_batch_size, (scheduler_config.sigma_min, scheduler_config.sigma_max)
-        )
+        ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
+        self.meter = Meter(self.accelerator, self.global_batch_size, ends)
 
     # Preparation ----------------------------------------------------------------------------------------------------
 
@@ -155,12 +154,38 @@ class ConsistencyTrainer:
             unet.enable_gradient_checkpointing()
         self.ema = EMA(unet)
         self.target_ema = EMA(unet) if config.target == "ema" and config.mu else None
-        if self.target_ema is not None:
-            lay_out(config, self.target_ema.network, in_parts)
+        self.first_stage = EMA(unet) if first_stage_steps(config) < config.max_train_steps else None
+        for average in (self.target_ema, self.first_stage):
+            if average is not None:
+                lay_out(config, average.network, in_parts)
         self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
         self.unet = self.accelerator.unwrap_model(self.student)
         for average in self.averages().values():
             shard_like_student(self.accelerator, average.network)
+
+    def _make_phases(self) -> list[Phase]:
+        """The phases, with what is trained in them beside the student."""
+        config, ends = self.config, (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
+        self.companions: dict[str, Companion] = {}
+        if config.weighting == "adaptive":
+            self.companions["log_loss"] = Companion(LogLoss(*ends), self.accelerator, LOG_LOSS_RATE)
+        if config.adversarial_weight:
+            self.companions["discriminator"] = Companion(self._discriminator(), self.accelerator, DISCRIMINATOR_RATE)
+        if self.target_ema is not None:
+            self.target_ema.network.train()  # the dropout of the student
+        beside = {name: companion.module for name, companion in self.companions.items()}
+        averages = {name: average.network for name, average in self.averages().items() if name != "ema"}
+        # Neither compiled graphs nor hooks that gather weights pass derivatives on.
+        forward_mode = not (config.compile or is_sharded(self.accelerator))
+        networks = Networks(self.student, **averages, **beside, forward_mode=forward_mode)
+        return make_phases(config, self.teacher, self.scheduler, networks, self.accelerator.device)
+
+    def _discriminator(self) -> Discriminator:
+        if self.teacher is None:
+            raise ValueError("`adversarial_weight` needs a `teacher`, whose features the discriminator sees.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # the same on all processes
+            return Discriminator(feature_channels(self.teacher))
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -174,7 +199,7 @@ class ConsistencyTrainer:
             `FloatingPointError`: when too many steps in a row had no finite gradient.
             `CheckpointError`: if the checkpoint to resume from is damaged, or one cannot be written.
         """
-        total = self.phases[-1].start + self.phases[-1].steps
+        total = self.total_steps
         on_main(self.accelerator, self._clean)
         settle(self.student, self.config.batch_size, self.accelerator.device)
         if self.config.resume is not None:
@@ -228,6 +253,11 @@ class ConsistencyTrainer:
         raise Preempted(message)
 
     @property
+    def total_steps(self) -> int:
+        """Of all phases."""
+        return self.phases[-1].start + self.phases[-1].steps
+
+    @property
     def global_batch_size(self) -> int:
         """Images per step, over all devices and micro-steps."""
         config = self.config
@@ -235,6 +265,8 @@ class ConsistencyTrainer:
 
     def _enter(self, phase: Phase, bar: tqdm) -> None:
         bar.set_description(phase.name)
+        if self.first_stage is not None and phase is self.phases[-1]:
+            self.first_stage.restart(self.ema.network)
         self.ema.restart(self.unet)
         if self.target_ema is not None:
             self.target_ema.restart(self.unet)
@@ -269,6 +301,9 @@ class ConsistencyTrainer:
                 with self.meter.clock("optimizer"):
                     if self.accelerator.sync_gradients:
                         norm = self._gradient_norm()
+                        for companion in self.companions.values():
+                            companion.step(~norm.isfinite())
+                            companion.zero_grad()
                         take_step(self.optimizer, ~norm.isfinite())
                     self.optimizer.zero_grad()
         self.meter.add_step(norm)
@@ -303,7 +338,7 @@ class ConsistencyTrainer:
     def _follow(self, phase: Phase) -> None:
         """Move the averages towards the new weights."""
         step = self.step - phase.start
-        if self.target_ema is not None and phase is self.phases[-1]:
+        if self.target_ema is not None and phase.is_method:
             self.target_ema.update(self.unet, self.mu(step))
         self.ema.update(self.unet, self._ema_decay(step))
 
@@ -346,19 +381,19 @@ class ConsistencyTrainer:
                 "lr": phase.learning_rate_at(done - 1), "ema_decay": self._ema_decay(done - 1),
                 "skipped_steps": self.watch.skipped,
             }  # fmt: skip
-            if phase is self.phases[-1]:
-                values["num_levels"] = self.levels.num_levels(done - 1)
+            values |= phase.describe(done - 1)
+            if phase.is_method:
                 values["mu"] = self.mu(done - 1) if self.target_ema is not None else 0.0
             self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
             log_samples(self.accelerator, self.pipeline(), config, step, self.output_dir / "samples")
             self.meter.restart_clock()
-        if config.eval_steps and (step % config.eval_steps == 0 or last) and phase is self.phases[-1]:
+        if config.eval_steps and (step % config.eval_steps == 0 or last) and phase.is_method:
             self.evaluation(self.pipeline(), step)
             self.meter.restart_clock()
         if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or (last and phase is self.phases[-1])):
             self.save_checkpoint()
-            is_student = phase is self.phases[-1] and not last
+            is_student = phase.is_method and step < self.total_steps
             if config.push_to_hub and config.hub_strategy == "checkpoint" and is_student:
                 self._publish_meanwhile()
             self.meter.restart_clock()
@@ -409,7 +444,7 @@ class ConsistencyTrainer:
 
     def record(self, student: Any) -> TrainingRecord:
         """The facts of the run so far. The `student` is the network that is saved, whole on this process."""
-        before = self.phases[-1].start
+        before = next(phase.start for phase in self.phases if phase.is_method)
         return TrainingRecord.of_run(
             self.config, self.teacher, self.accelerator, student, self.dataset_identity,
             conversion_steps=min(self.step, before), steps=max(self.step - before, 0), seconds=round(self.seconds, 1),
@@ -464,7 +499,8 @@ class ConsistencyTrainer:
 
     def averages(self) -> dict[str, EMA]:
         """The frozen copies that follow the student."""
-        return {"ema": self.ema} | ({"target": self.target_ema} if self.target_ema is not None else {})
+        averages = {"ema": self.ema, "target": self.target_ema, "first_stage": self.first_stage}
+        return {name: average for name, average in averages.items() if average is not None}
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same when the run is resumed."""

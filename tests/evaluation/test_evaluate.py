@@ -67,6 +67,11 @@ def test_figures_do_not_depend_on_the_batch_size():
     assert one.seconds_per_1000 > 0
 
 
+def test_fid_alone_is_the_same():
+    assert evaluator().fid(sampler()) == evaluator().measure(sampler()).metrics["fid"]
+    assert evaluator(repeats=2).fid(sampler()) == evaluator().fid(sampler())
+
+
 def test_repetitions_use_other_seeds():
     result = evaluator(repeats=3, num_images=20).measure(sampler())
     assert result.repeats == 3

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm_diffusers import ConsistencyConfig
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.noise_levels import Levels
+from cm_diffusers.noise_levels import GridLevels
 from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.health import StepRecord, Watch
@@ -79,7 +79,7 @@ def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, di
     teacher, student, boundary = read_preconditioning(TEACHERS[family]), scheduler.preconditioning, scheduler.boundary
     for scalings in (teacher, student, boundary):
         scalings.scalings(torch.tensor([1.0]))  # tables are made once, of real numbers
-    levels = Levels(lambda step: 6, scheduler.config.sigma_min, scheduler.config.sigma_max)
+    levels = GridLevels(lambda step: 6, scheduler.config.sigma_min, scheduler.config.sigma_max)
 
     randoms = [FakeRandom(torch.arange(4), torch.device("cuda")) for _ in range(2)]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 from closed_form import Gaussian, Mixture
-from torch import nn
+from pixels import SIGMA_MAX, SIGMA_MIN, PixelNetwork, error, mean_loss, ode_solution
+from pixels import train as train_network
 
-from cm_diffusers.noise_levels import LevelPair, Levels
+from cm_diffusers.noise_levels import GridLevels, LevelPair
 from cm_diffusers.preconditioning import Boundary, Denoiser, EDMPreconditioning, VPPreconditioning
 from cm_diffusers.training.distances import l2, pseudo_huber
 from cm_diffusers.training.objectives.pairs import (
@@ -22,60 +23,16 @@ from cm_diffusers.training.objectives.pairs import (
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import euler_step, heun_step, integrate
 
-SIGMA_MIN, SIGMA_MAX = 0.02, 10.0
 
-
-class PixelNetwork(nn.Module):
-    """A UNet's calling convention on single values: an MLP of the value and the time."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(9, 64), nn.SiLU(), nn.Dropout(dropout), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-        )
-
-    def forward(self, sample, timestep, return_dict=True):
-        time = timestep.view(-1, 1) * torch.tensor([1.0, 2.0, 4.0, 8.0])
-        features = torch.cat([sample.flatten(1), time.sin(), time.cos()], 1)
-        return (self.layers(features).view_as(sample),)
-
-
-def mean_loss(objective, images, step=0, seed=0):
-    seeds = torch.arange(len(images)) + len(images) * (step + seed)
-    return objective.losses(images, step, SampleRandom(seeds, images.device)).values.mean()
-
-
-def train(objective_of, problem, steps=1000, batch=256):
-    torch.manual_seed(0)
-    network = PixelNetwork()
-    objective = objective_of(network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        loss = mean_loss(objective, problem.draw((batch, 1, 1, 1)), step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return objective.student
+def train(objective_of, problem, steps=1000):
+    return objective_of(train_network(objective_of, problem, steps)).student
 
 
 def build(network, source, num_levels, weighting=inverse_gap, distance=None):
     base = EDMPreconditioning((SIGMA_MIN, SIGMA_MAX), sigma_data=0.6)
     f = Denoiser(network, Boundary(base, "edm", SIGMA_MIN))
-    levels = Levels(lambda step: num_levels, SIGMA_MIN, SIGMA_MAX)
+    levels = GridLevels(lambda step: num_levels, SIGMA_MIN, SIGMA_MAX)
     return PairObjective(f, f, levels, source, distance or functools.partial(pseudo_huber, c=0.05), weighting)
-
-
-def error(f, truth, problem):
-    """Root mean square error over noisy samples at three levels."""
-    generator = torch.Generator().manual_seed(1)
-    squares = []
-    for sigma in (0.3, 1.5, SIGMA_MAX):
-        x = problem.draw((2000, 1, 1, 1), generator) + sigma * torch.randn(2000, 1, 1, 1, generator=generator)
-        with torch.no_grad():
-            squares.append((f(x, sigma) - truth(x, sigma)).square().mean())
-    return float(torch.stack(squares).mean().sqrt())
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +50,8 @@ def test_cd_reaches_the_consistency_function_of_a_gaussian(gaussian_student):
 def test_cd_reaches_the_consistency_function_of_a_mixture():
     problem = Mixture()
 
-    def truth(x, sigma):
-        sigmas = torch.logspace(0, 1, 400, dtype=torch.float64)
-        sigmas = sigma * (SIGMA_MIN / sigma) ** ((sigmas - 1) / 9)
-        double = lambda x, s: problem.denoise(x, s)  # noqa: E731
-        state = x.double()
-        for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
-            state = heun_step(double, state, high, low)
-        return state.float()
-
     f = train(lambda net: build(net, FromTeacher(problem.denoise, heun_step), 20), problem, steps=1500)
-    assert error(f, truth, problem) < 0.1
+    assert error(f, ode_solution(problem), problem) < 0.1
 
 
 def test_ct_reaches_the_consistency_function_of_a_gaussian():
@@ -118,7 +66,7 @@ def test_the_true_consistency_function_has_almost_no_loss():
     exact.network = None
     losses = []
     for num_levels in (16, 64):
-        levels = Levels(lambda step, n=num_levels: n, SIGMA_MIN, SIGMA_MAX)
+        levels = GridLevels(lambda step, n=num_levels: n, SIGMA_MIN, SIGMA_MAX)
         objective = PairObjective(exact, exact, levels, FromTeacher(problem.denoise, heun_step), l2, uniform)
         images = problem.draw((4096, 1, 1, 1), torch.Generator().manual_seed(0), dtype=torch.float64)
         losses.append(float(mean_loss(objective, images)))

@@ -1,8 +1,9 @@
 import pytest
+import torch
 
 from cm_diffusers.training import ConsistencyConfig
 from cm_diffusers.training.ema import decay_for_half_life
-from cm_diffusers.training.schedules import learning_rate, make_levels, mu_schedule
+from cm_diffusers.training.schedules import grid_length, learning_rate, make_levels, mu_schedule
 
 
 def test_learning_rate_warms_up_to_its_peak():
@@ -20,8 +21,8 @@ def test_learning_rate_schedules(schedule, half):
 
 def test_ct_follows_the_papers_curriculum():
     config = ConsistencyConfig(method="ct", max_train_steps=1000, distance="l2").resolve()
-    levels = make_levels(config, 0.002, 80.0, 7.0)
-    mu = mu_schedule(config, levels)
+    levels = make_levels(config, config.max_train_steps, 0.002, 80.0, 7.0)
+    mu = mu_schedule(config)
     assert levels.num_levels(0) == 2
     assert levels.num_levels(1000) == 151
     assert mu(0) == pytest.approx(0.9 ** (2 / 2))
@@ -30,15 +31,33 @@ def test_ct_follows_the_papers_curriculum():
 
 def test_cd_keeps_its_levels_and_mu():
     config = ConsistencyConfig(num_levels=18, mu=0.5).resolve()
-    levels = make_levels(config, 0.002, 80.0, 7.0)
+    levels = make_levels(config, config.max_train_steps, 0.002, 80.0, 7.0)
     assert {levels.num_levels(k) for k in (0, 7, 10**6)} == {18}
-    assert mu_schedule(config, levels)(123) == 0.5
+    assert mu_schedule(config)(123) == 0.5
 
 
 def test_doubling_levels():
     config = ConsistencyConfig(levels="doubling", s0=10, s1=80, max_train_steps=400).resolve()
-    levels = make_levels(config, 0.002, 80.0, 7.0)
+    levels = make_levels(config, config.max_train_steps, 0.002, 80.0, 7.0)
     assert [levels.num_levels(k) for k in (0, 99, 100, 200, 300, 400)] == [11, 11, 21, 41, 81, 81]
+
+
+def test_mapped_levels_come_nearer_from_stage_to_stage_of_a_phase():
+    config = ConsistencyConfig(method="ect", stages=4, max_train_steps=400).resolve()
+    levels = make_levels(config, 200, 0.002, 80.0, 7.0)
+    assert [levels.describe(k)["stage"] for k in (0, 49, 50, 199, 200)] == [0, 0, 1, 3, 3]
+
+
+def test_a_truncated_stage_stays_as_near_as_the_first_ended():
+    config = ConsistencyConfig(method="tcm", stages=4, truncation=0.7).resolve()
+    levels = make_levels(config, 100, 0.002, 80.0, 7.0, is_truncated=True)
+    assert {levels.describe(k)["stage"] for k in (0, 50, 100)} == {3}
+    assert levels.at(0, torch.linspace(0, 0.999, 100).double()).sigma.min() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("method", "length"), [("cd", 40), ("ct", 151), ("ict", 1281), ("ect", None), ("scd", None)])
+def test_grid_length_is_that_of_the_end(method, length):
+    assert grid_length(ConsistencyConfig(method=method).resolve()) == length
 
 
 def test_half_life_does_not_depend_on_the_batch_size():

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
+from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.training import checkpoints, health
 from cm_diffusers.training.checkpoints import CheckpointError
@@ -91,7 +92,8 @@ def test_scheduler_step_is_the_function_that_was_trained(boundary, tmp_path):
     trainer = make_trainer(tmp_path, boundary=boundary)
     pipeline = trainer.train()
     f, scheduler = Denoiser(pipeline.unet, trainer.phases[-1].objective.student.preconditioning), pipeline.scheduler
-    grid = trainer.levels._grid(6)[0]
+    config = scheduler.config
+    grid = karras_grid(6, config.sigma_min, config.sigma_max)
     scheduler.set_timesteps(sigmas=grid.flip(0).tolist())
     scheduler.register_to_config(clip_denoised=False)
     for sigma, t in zip(grid.flip(0), scheduler.timesteps, strict=True):

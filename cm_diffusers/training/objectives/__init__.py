@@ -10,13 +10,15 @@ from cm_diffusers.training.randomness import SampleRandom
 
 
 class Losses(NamedTuple):
-    """The weighted loss of every sample, with its graph, and the noise level it was taken at.
+    """The weighted loss of every sample, the noise level it was taken at, and what was predicted there.
 
-    `values` has the shape `(batch,)` in float32 on the device of the images; `sigma` the same shape, on the CPU.
+    `values`, with its graph, has the shape `(batch,)` in float32 on the device of the images; `sigma` the same shape,
+    on the CPU; `denoised`, with its graph, is the student's clean image, of the shape of the images.
     """
 
     values: Tensor
     sigma: Tensor
+    denoised: Tensor
 
 
 class Objective(Protocol):

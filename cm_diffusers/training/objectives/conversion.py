@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.preconditioning import Denoiser, second_time
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import Denoise, expand
@@ -30,6 +30,7 @@ class ConversionObjective:
         teacher (`Callable`): D of the teacher.
         sigma_min, sigma_max, rho (`float`): the Karras schedule.
         extra (`float`): the part of the batch at `sigma_max`.
+        flow_map (`bool`): the student is told the level that it is at as the one that it jumps to: it is D there.
     """
 
     student: Denoiser
@@ -38,6 +39,7 @@ class ConversionObjective:
     sigma_max: float
     rho: float = 7.0
     extra: float = 0.1
+    flow_map: bool = False
 
     def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
         position = random.uniform().mul(1 + self.extra).clamp(max=1)
@@ -46,6 +48,9 @@ class ConversionObjective:
         sample = images + expand(sigma, images) * random.normal_like(images)
         with torch.no_grad():
             denoised = self.teacher(sample, sigma, **conditioning)
-        scale = expand(self.student.preconditioning.scalings(sigma).c_out, images)
-        error = (self.student(sample, sigma, **conditioning) - denoised) / scale
-        return Losses(error.square().flatten(1).mean(1), sigma)
+        family = self.student.preconditioning
+        scale = expand(family.scalings(sigma).c_out, images)
+        told = second_time(family, sigma, images.device) if self.flow_map else {}
+        prediction = self.student(sample, sigma, **conditioning, **told)
+        error = (prediction - denoised) / scale
+        return Losses(error.square().flatten(1).mean(1), sigma, prediction)

@@ -37,11 +37,13 @@ class Source(Protocol):
     """How the point at the lower level of a pair is found."""
 
     def __call__(
-        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
     ) -> Tensor: ...
 
 
-def from_data(images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+def from_data(
+    images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+) -> Tensor:
     """The same image with the same noise, at the lower level (algorithm 3)."""
     return images + expand(pair.sigma_lower, images) * noise
 
@@ -53,8 +55,55 @@ class FromTeacher:
     denoise: Denoise
     solver: Solver
 
-    def __call__(self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, **conditioning: Any) -> Tensor:
+    def __call__(
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+    ) -> Tensor:
         return self.solver(self.denoise, sample, pair.sigma, pair.sigma_lower, **conditioning)
+
+
+@dataclass(frozen=True)
+class PartlyFromData:
+    """Another source for most samples, and the data for the others, from which a student learns its teacher's errors.
+
+    Args:
+        source ([`Source`]): of the others.
+        share (`float`): of the samples whose point comes from the data.
+    """
+
+    source: Source
+    share: float
+
+    def __call__(
+        self, images: Tensor, noise: Tensor, sample: Tensor, pair: LevelPair, random: SampleRandom, **conditioning: Any
+    ) -> Tensor:
+        own = from_data(images, noise, sample, pair, random)
+        other = self.source(images, noise, sample, pair, random, **conditioning)
+        return torch.where(chosen(random, self.share, images), own, other)
+
+
+def chosen(random: SampleRandom, share: float, images: Tensor) -> Tensor:
+    """True for a share of the samples, ready to choose among `images`."""
+    return send(random.uniform() < share, images.device).view(-1, *[1] * (images.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """f of a student that only knows the levels from `sigma_boundary` up; another model answers below.
+
+    Args:
+        above, below (`Callable`): the two consistency functions.
+        sigma_boundary (`float`): the lowest level of the first.
+    """
+
+    above: Denoise
+    below: Denoise
+    sigma_boundary: float
+
+    def __call__(self, sample: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
+        # Both on the whole batch: shapes that change with the noise levels would be compiled anew every step.
+        student, other = (f(sample, sigma, **conditioning) for f in (self.above, self.below))
+        is_above = send(sigma >= self.sigma_boundary, sample.device)
+        return torch.where(is_above.view(-1, *[1] * (sample.ndim - 1)), student, other)
 
 
 @dataclass(frozen=True)
@@ -63,7 +112,7 @@ class PairObjective:
 
     Args:
         student ([`~cm_diffusers.preconditioning.Denoiser`]): f, with gradient.
-        target ([`~cm_diffusers.preconditioning.Denoiser`]): f of the target weights; may share the student's network.
+        target (`Callable`): f of the target weights; may share the student's network.
         levels ([`~cm_diffusers.noise_levels.Levels`]): the pairs of noise levels.
         source ([`Source`]): teacher or data.
         distance (`Callable`): per sample.
@@ -71,7 +120,7 @@ class PairObjective:
     """
 
     student: Denoiser
-    target: Denoiser
+    target: Denoise
     levels: Levels
     source: Source
     distance: Distance
@@ -82,12 +131,12 @@ class PairObjective:
         noise = random.normal_like(images)
         sample = images + expand(pair.sigma, images) * noise
         with torch.no_grad():
-            lower = self.source(images, noise, sample, pair, **conditioning)
+            lower = self.source(images, noise, sample, pair, random, **conditioning)
             with same_dropout(self.student.network, images.device):
                 target = self.target(lower, pair.sigma_lower, **conditioning)
         prediction = self.student(sample, pair.sigma, **conditioning)
         weights = send(self.weighting(pair), images.device)
-        return Losses(weights * self.distance(prediction, target), pair.sigma)
+        return Losses(weights * self.distance(prediction, target), pair.sigma, prediction)
 
 
 @contextmanager

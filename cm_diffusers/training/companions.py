@@ -1,0 +1,50 @@
+"""Small networks that are trained beside the student: the estimate behind a learned weight, a discriminator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+class Companion:
+    """A network and its optimiser, whole on every process, whatever is done to the student.
+
+    Its gradient comes with the student's, from one backward pass.
+
+    Args:
+        module (`nn.Module`): the network, the same on all processes.
+        accelerator (`Accelerator`): the run's.
+        learning_rate (`float`): of Adam.
+    """
+
+    def __init__(self, module: nn.Module, accelerator: Accelerator, learning_rate: float) -> None:
+        self.module, self.accelerator = module.to(accelerator.device), accelerator
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        self._weights = weights
+
+    def step(self, bad: Tensor) -> None:
+        """Take a step with the mean gradient of all processes, unless it or the student's is not finite.
+
+        Args:
+            bad (`Tensor` of shape `()`): whether the student's gradient is not finite, on the device.
+        """
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        if not gradients:
+            return
+        if self.accelerator.num_processes > 1:
+            for gradient in gradients:
+                gradient.copy_(self.accelerator.reduce(gradient, "mean"))
+        optimizer: Any = self.optimizer
+        if self.accelerator.scaler is not None:
+            optimizer.grad_scale = self.accelerator.scaler._get_scale_async()
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        optimizer.found_inf = (bad | ~finite).float()
+        optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad()

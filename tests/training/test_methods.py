@@ -1,0 +1,173 @@
+"""Every method through the trainer: it trains, saves, loads, samples and resumes."""
+
+import shutil
+
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import build_unet
+from launching import final_state, largest_difference, run
+from safetensors.torch import load_file
+from tiny_run import images
+
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
+from cm_diffusers.training.config import METHODS
+
+# LPIPS would look for its weights.
+SHORT = {"cd": {"distance": "pseudo_huber"}, "ct": {"distance": "pseudo_huber"}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_trainer(folder, method, teacher=None, **changes):
+    config = ConsistencyConfig(**{
+        "method": method, "output_dir": str(folder), "max_train_steps": 6, "batch_size": 8, "conversion_steps": 2,
+        "teacher_check": False, "tracker": "none", "sample_steps": 0, "checkpoint_steps": 0, "logging_steps": 1,
+        **SHORT.get(method, {}), **changes,
+    })  # fmt: skip
+    teacher = teacher or (build_unet(dropout=0.2), diffusers.DDPMScheduler())
+    return ConsistencyTrainer(config, teacher=teacher, train_dataset=images())
+
+
+def weights(network):
+    return torch.cat([weight.detach().flatten() for weight in network.parameters()])
+
+
+def sample(pipeline, **options):
+    options = {"num_inference_steps": None, **options}
+    return pipeline(batch_size=2, generator=torch.manual_seed(0), output_type="pt", **options).images
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_loads_and_samples(method, tmp_path):
+    trainer = make_trainer(tmp_path, method)
+    before = weights(trainer.unet).clone()
+    pipeline = trainer.train()
+    assert weights(trainer.unet).isfinite().all() and not torch.equal(weights(trainer.unet), before)
+    loaded = ConsistencyPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config.flow_map == (method == "meanflow")
+    for nfe in (1, 2, 4):
+        torch.testing.assert_close(sample(loaded, num_inference_steps=nfe), sample(pipeline, num_inference_steps=nfe))
+
+
+@pytest.mark.parametrize("method", ["tcm", "scd", "meanflow"])
+def test_a_run_resumes_to_the_same_bits(method, tmp_path):
+    whole = make_trainer(tmp_path, method, checkpoint_steps=2, checkpoint_limit=9)
+    whole.train()
+    for step in ("00000006", "00000008"):  # tcm is in its second stage at 6
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{step}")
+    resumed = make_trainer(tmp_path, method, checkpoint_steps=2, resume="auto")
+    resumed.train()
+    for name, network in whole.memory.networks.items():
+        assert torch.equal(weights(network), weights(resumed.memory.networks[name]))
+    for name, companion in whole.companions.items():
+        assert torch.equal(weights(companion.module), weights(resumed.companions[name].module))
+        assert weights(companion.module).abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["scd", "meanflow"])
+def test_two_ranks_equal_one_process(method, tmp_path):
+    settings = {
+        "method": method,
+        "distance": "l2",
+        "weighting": "adaptive",
+        "num_levels": "none",
+        "max_train_steps": 5,
+    }
+    run(tmp_path / "one", **settings, batch_size=8)
+    run(tmp_path / "two", **settings, batch_size=4, ranks=2)
+    assert largest_difference(final_state(tmp_path / "one"), final_state(tmp_path / "two")) < 1e-4
+    moments = [load_file(last(tmp_path / name) / "log_loss.safetensors") for name in ("one", "two")]
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-6)
+
+
+def last(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+@pytest.mark.parametrize("family", ["edm", "v", "flow"])
+def test_continuous_methods_take_every_family(family, tmp_path):
+    schedulers = {
+        "edm": diffusers.EDMEulerScheduler(), "v": diffusers.DDPMScheduler(prediction_type="v_prediction"),
+        "flow": diffusers.FlowMatchEulerDiscreteScheduler(),
+    }  # fmt: skip
+    for method in ("scd", "meanflow"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = make_trainer(tmp_path / method, method, (build_unet(), schedulers[family]))
+        assert sample(trainer.train(), num_inference_steps=2).isfinite().all()
+
+
+def test_finite_differences_train_alike(tmp_path):
+    moved = []
+    for derivative in ("forward", "finite_difference"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = make_trainer(tmp_path / derivative, "scd", derivative=derivative, tangent_warmup_steps=0)
+        before = weights(trainer.unet).clone()
+        trainer.train()
+        moved.append(weights(trainer.unet) - before)
+    assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
+
+
+# A student with a second time ----------------------------------------------------------------------------------------
+
+
+def test_a_flow_map_of_the_first_step_is_the_teacher(tmp_path):
+    teacher = build_unet(), diffusers.EDMEulerScheduler()
+    trainer = make_trainer(tmp_path, "meanflow", teacher)
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.7, 4.0])
+    scalings = trainer.scheduler.preconditioning.scalings(sigma)
+    with torch.no_grad():
+        expected = teacher[0](x, scalings.c_noise).sample
+        for second in (0.0, 3.0):
+            told = trainer.unet(x, scalings.c_noise, class_labels=torch.full((2,), second)).sample
+            torch.testing.assert_close(told, expected)
+
+
+def test_flow_maps_refuse_class_conditional_networks(tmp_path):
+    with pytest.raises(ValueError, match="class-conditional"):
+        make_trainer(tmp_path, "meanflow", (build_unet(num_class_embeds=3), diffusers.EDMEulerScheduler()))
+
+
+def test_a_new_network_can_be_a_flow_map(tmp_path):
+    build_unet().save_config(tmp_path / "unet")
+    config = ConsistencyConfig(
+        method="meanflow", unet_config=str(tmp_path / "unet"), output_dir=str(tmp_path / "out"), max_train_steps=2,
+        batch_size=8, tracker="none", sample_steps=0, checkpoint_steps=0,
+    )  # fmt: skip
+    ConsistencyTrainer(config, train_dataset=images()).train()
+    assert sample(ConsistencyPipeline.from_pretrained(tmp_path / "out"), num_inference_steps=2).isfinite().all()
+
+
+# What does not go together ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "scd", "distance": "l1"}, "`distance` must be l2"),
+        ({"method": "scd", "weighting": "inverse_gap"}, "there is no gap"),
+        ({"method": "sct", "target": "ema", "mu": 0.9}, "`target` must be the student"),
+        ({"method": "scd", "solver": "heun"}, "`solver` must be none"),
+        ({"method": "ect", "level_distribution": "uniform"}, "lognormal where there is no grid"),
+        ({"method": "ect", "tangent_warmup_steps": 3}, "`tangent_warmup_steps` is for `levels='continuous'`"),
+        ({"method": "cd", "stages": 3}, "`stages` is for `levels='mapping'`"),
+        ({"method": "cd", "flow_map": True}, "`flow_map` is for `levels='continuous'`"),
+        ({"method": "ect", "first_stage_steps": 3}, "needs `truncation`"),
+        ({"method": "cd", "levels": "mapping", "level_distribution": "lognormal"}, "needs `stages`"),
+        ({"method": "ect", "mapping_base": 1.0}, "`mapping_base` must be above 1"),
+    ],
+    ids=str,
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConsistencyConfig(**options).resolve()
+
+
+def test_a_method_with_other_levels_drops_what_only_its_own_need():
+    config = ConsistencyConfig(method="ect", levels="fixed", num_levels=18).resolve()
+    assert (config.levels, config.stages, config.mapping_base) == ("fixed", None, None)
