@@ -40,26 +40,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
-import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from ablation_report import best_of, write_report
-from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, plan, prepare, read_result, step_passes
+from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, passes_text, plan, prepare, read_result
+from processes import parallel
 from small_images import FASHION_MNIST
 
 from cm_diffusers.training.config import METHODS, read_yaml
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 
 FAILED = "failed"
-T, R = TypeVar("T"), TypeVar("R")
 
 SETTINGS = {
     "digits": Setting("digits", 8, (32, 64), teacher_steps=1800, teacher_batch=128, sigma_max=20.0, huber_c=0.24),
@@ -125,7 +123,7 @@ def plan_runs(options: argparse.Namespace, setting: Setting) -> list[Run]:
         except ValueError as error:
             raise ValueError(f"The run {name!r}: {error}") from error
         run = Run(name, 0, config, setting, folder, study)
-        print(f"{name}: {config.max_train_steps:,} steps of {step_passes(config)} passes")
+        print(f"{name}: {config.max_train_steps:,} steps of {passes_text(config)} passes")
         for seed in options.seeds:
             of_seed = dataclasses.replace(run, seed=seed)
             config = changed(config, seed=seed, output_dir=str(of_seed.output_dir))
@@ -203,25 +201,6 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['status']}, {result['seconds']:.0f} s"
         + f", FID {figures} in {', '.join(result['fid'])} steps" * bool(figures)
     )
-
-
-def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_folder: Path) -> Iterator[R]:
-    """`function` of every task, as they become ready: here, one after the other, or in so many processes."""
-    jobs = min(jobs, len(tasks))
-    if jobs <= 1:
-        yield from map(function, tasks)
-        return
-    log_folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, torch.get_num_threads() // jobs)
-    with multiprocessing.get_context("spawn").Pool(jobs, start_worker, (threads, log_folder)) as pool:
-        yield from pool.imap_unordered(function, tasks)
-
-
-def start_worker(threads: int, log_folder: Path) -> None:
-    """A worker has its share of the threads, a log of its own, and is stopped by the study alone."""
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = (log_folder / f"worker-{os.getpid()}.log").open("w", buffering=1)
 
 
 if __name__ == "__main__":

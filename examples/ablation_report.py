@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_runs import NFES, OK, Run, Setting, prepare, step_passes
+from ablation_runs import NFES, OK, Run, Setting, passes_text, prepare
 
 from cm_diffusers.evaluation.results import write_whole
 
@@ -86,7 +86,7 @@ def run_row(run: Run, found: Mapping[int, dict[str, Any]], seeds: Sequence[int])
     seconds = figure([result["seconds"] for result in found.values() if "seconds" in result], "{:.0f}")
     shown = "; ".join(", ".join(f"{sigma:.3g}" for sigma in levels[nfe]) for nfe in ("2", "4") if nfe in levels)
     return [
-        run.name, str(step_passes(config)), f"{config.max_train_steps:,}", *figures, seconds, shown or "-",
+        run.name, passes_text(config), f"{config.max_train_steps:,}", *figures, seconds, shown or "-",
         remarks(found, seeds),
     ]  # fmt: skip
 

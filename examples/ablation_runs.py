@@ -23,15 +23,12 @@ from small_images import FASHION_MNIST, load_digits, load_fashion_mnist, make_un
 from torch import Tensor
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
-from cm_diffusers.evaluation import Evaluator, Features, Reference, Sampler, frechet_distance
-from cm_diffusers.evaluation.artefacts import draw
+from cm_diffusers.evaluation import Evaluator, Features, Reference, Sampler
 from cm_diffusers.evaluation.classifier import CONFIG, DomainClassifier
-from cm_diffusers.evaluation.reference import extract
 from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import eight_bits, student_sampler, teacher_sampler
-from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.training.phases import conversion_steps
+from cm_diffusers.training.phases import conversion_steps, first_stage_steps
 from cm_diffusers.training.preparation import prepare_student
 from cm_diffusers.training.teacher import Teacher, load_teacher
 
@@ -112,26 +109,45 @@ class Run:
 # What a run costs, and how many steps it may take -------------------------------------------------------------------
 
 
-def step_passes(config: ConsistencyConfig) -> int:
+def step_passes(config: ConsistencyConfig, step: int = 0) -> int:
     """Forward passes of one image that a step of a resolved config's method is worth.
 
     - 3 for the student with its gradient;
-    - 1 for the target without, or 2 for the derivative that takes its place in continuous time;
-    - with `source: teacher`, 1 for an Euler step of the teacher and 2 for one of Heun's, both twice if it is guided.
+    - 1 for the target without; 2 for the derivative that takes its place in continuous time, and in a second stage,
+      where the first one's student answers, too;
+    - with `source: teacher`, 1 for an Euler step of the teacher and 2 for one of Heun's, both twice if it is guided;
+    - with an adversarial term, 1 for the teacher's features of real images, and 2 for those of the student's, with
+      their gradient by the images.
 
     Distances and optimiser are not counted; LPIPS, whose VGG is larger than small students, shows in the seconds.
+
+    Args:
+        step (`int`): counted from the method's first.
     """
-    target = 2 if config.levels == "continuous" else 1
+    target = 2 if config.levels == "continuous" or step >= first_stage_steps(config) else 1
     teacher = 0
     if config.source == "teacher":
         teacher = (2 if config.solver == "heun" else 1) * (2 if config.guidance_scale != 1 else 1)
-    return GRADIENT_PASSES + target + teacher
+    return GRADIENT_PASSES + target + teacher + (3 if config.adversarial_weight else 0)
+
+
+def passes_text(config: ConsistencyConfig) -> str:
+    """The passes of a step, as the table has them."""
+    first = first_stage_steps(config)
+    later = f", then {step_passes(config, first)}" if first < config.max_train_steps else ""
+    return f"{step_passes(config)}{later}"
 
 
 def total_passes(config: ConsistencyConfig, converting: int, steps: int) -> int:
-    """Forward passes of one image that so many steps are worth, after `converting` that ask the teacher once each."""
+    """Forward passes of one image that so many steps are worth, after `converting` that ask the teacher once each.
+
+    Args:
+        steps (`int`): up to `config.max_train_steps`.
+    """
     images = config.batch_size * config.gradient_accumulation_steps
-    return images * (converting * (GRADIENT_PASSES + 1) + steps * step_passes(config))
+    first = min(steps, first_stage_steps(config))
+    method = first * step_passes(config) + (steps - first) * step_passes(config, first)
+    return images * (converting * (GRADIENT_PASSES + 1) + method)
 
 
 def plan(setting: Setting, overrides: dict[str, Any], budget: float) -> ConsistencyConfig:
@@ -169,7 +185,7 @@ def with_steps(config: ConsistencyConfig, teacher: Teacher | None, passes: int) 
         return conversion_steps(changed(config, max_train_steps=steps), teacher, student)
 
     def cost(steps: int) -> int:
-        return total_passes(config, converting(steps), steps)
+        return total_passes(changed(config, max_train_steps=steps), converting(steps), steps)
 
     steps = bisect.bisect_right(range(1, passes + 1), passes, key=cost)
     if steps < 1:
@@ -199,18 +215,19 @@ def common_settings(setting: Setting) -> dict[str, Any]:
 def few_step_levels(scheduler: ConsistencyScheduler) -> dict[str, list[float]] | None:
     """Noise levels for two and four steps, out of the grid that a student ends its training on.
 
-    For two steps those of the package; for four sigma_max, and the levels nearest to 16, 4 and 1 times the second of
-    two steps, which is never below what a student knows. Without four, or `None`, where the grid has too few.
+    For two steps those of the package; for four sigma_max, and below it the levels nearest to 16, 4 and 1 times the
+    second of two steps. Without four where the grid has too few above that; `None` where it has no second.
     """
-    config = scheduler.config
-    if config.few_step_sigmas is None or scheduler.grid_length <= 4:
-        return config.few_step_sigmas
-    grid = karras_grid(scheduler.grid_length, config.sigma_min, config.sigma_max, config.rho)[1:-1].tolist()
-    levels: list[float] = []
-    for factor in (1, 4, 16):
-        above = [sigma for sigma in grid if sigma > max(levels, default=0)][: len(grid) - 2 + len(levels)]
-        levels.append(nearest(above, factor * config.few_step_sigmas["2"][1]))
-    return {**config.few_step_sigmas, "4": [config.sigma_max, *reversed(levels)]}
+    stored = scheduler.config.few_step_sigmas
+    if stored is None:
+        return None
+    highest, second = stored["2"]
+    above = [sigma for sigma in scheduler.grid[1:-1].tolist() if sigma > second * (1 + 1e-6)]
+    if len(above) < 2:
+        return stored
+    third = nearest(above[1:], 4 * second)
+    levels = [highest, nearest([sigma for sigma in above if sigma > third], 16 * second), third, second]
+    return {**stored, "4": levels}
 
 
 def nearest(levels: list[float], wanted: float) -> float:
@@ -238,11 +255,9 @@ def prepare(setting: Setting, folder: Path) -> tuple[Tensor, Evaluator]:
 def fid(evaluator: Evaluator, sampler: Sampler) -> float | None:
     """FID of a sampler; `None` if its images are not finite."""
     try:
-        images = draw(sampler, evaluator.num_images, evaluator.batch_size)
+        return round(evaluator.fid(sampler), 4)
     except FloatingPointError:
         return None
-    found = extract(evaluator.features, images, evaluator.batch_size)
-    return round(frechet_distance(found, evaluator.real), 4)
 
 
 def teacher_folder(folder: Path, seed: int) -> Path:
@@ -382,7 +397,7 @@ def measure_curve(trainer: ConsistencyTrainer, evaluator: Evaluator) -> list[dic
 
 def method_start(trainer: ConsistencyTrainer) -> int:
     """The step at which the conversion is over."""
-    return next(phase.start for phase in trainer.phases if phase.name != "conversion")
+    return next(phase.start for phase in trainer.phases if phase.is_method)
 
 
 def status(curve: list[dict[str, Any]], found: dict[str, float | None]) -> str:

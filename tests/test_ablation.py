@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
 
 import ablation
 import ablation_runs
 import pytest
-import torch
 import yaml
 from ablation_report import figure, remarks
-from ablation_runs import Run, changed, few_step_levels, plan, status, step_passes, total_passes
+from ablation_runs import Run, few_step_levels, passes_text, plan, status, step_passes, total_passes
+from processes import parallel
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
 from cm_diffusers.schedulers import ConsistencyScheduler
@@ -27,23 +28,33 @@ OWN = {
 }
 
 
-@pytest.fixture
-def study(tmp_path, monkeypatch, capsys):
-    """`study(*arguments, runs=OWN)`: run the command on tiny digits; returns what it printed."""
-    monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ablation.SETTINGS, "digits", TINY)
+def command(monkeypatch, folder, *arguments, runs=OWN, setting=TINY):
+    """Run the command on tiny digits, in `folder`."""
+    monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(folder / "cache"))
+    monkeypatch.setitem(ablation.SETTINGS, "digits", setting)
     monkeypatch.setattr(ablation_runs, "TEACHER_SAMPLERS", (("euler", 2), ("heun", 3)))
     fit = functools.partial(ablation_runs.DomainClassifier.fit, steps=10)
     monkeypatch.setattr(ablation_runs.DomainClassifier, "fit", fit)
+    (folder / "own.yaml").write_text(yaml.safe_dump(runs))
+    options = ["--runs", str(folder / "own.yaml"), "--output_dir", str(folder), "--budget", "0.5", *arguments]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *options])
+    ablation.main()
 
-    def run(*arguments, runs=OWN):
-        (tmp_path / "own.yaml").write_text(yaml.safe_dump(runs))
-        command = ["--runs", str(tmp_path / "own.yaml"), "--output_dir", str(tmp_path), "--budget", "0.5", *arguments]
-        monkeypatch.setattr(sys, "argv", ["ablation.py", *command])
-        ablation.main()
-        return capsys.readouterr().out
 
-    return run
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a study of two runs and two seeds."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        command(monkeypatch, folder, "--seeds", "0", "1")
+    return folder
+
+
+@pytest.fixture
+def study(done, tmp_path, monkeypatch):
+    """`study(*arguments, runs=OWN)`: run the command in `tmp_path`, where classifier and teachers are."""
+    shutil.copytree(done, tmp_path, ignore=shutil.ignore_patterns("own"), dirs_exist_ok=True)
+    return functools.partial(command, monkeypatch, tmp_path)
 
 
 def results(folder):
@@ -59,17 +70,23 @@ def results(folder):
         ({"method": "cd"}, 3 + 1 + 2),
         ({"method": "cd", "solver": "euler"}, 3 + 1 + 1),
         ({"method": "cd", "guidance_scale": 2.0, "null_class_label": 3}, 3 + 1 + 4),
+        ({"method": "cd", "adversarial_weight": 0.1}, 3 + 1 + 2 + 3),
         ({"method": "ct"}, 3 + 1),
         ({"method": "ct", "target": "student"}, 3 + 1),
+        ({"method": "sct"}, 3 + 2),
+        ({"method": "scd"}, 3 + 2 + 1),
     ],
 )
 def test_a_step_costs_its_passes(fields, passes):
     assert step_passes(ConsistencyConfig(**fields).resolve()) == passes
 
 
-def test_a_derivative_costs_two_passes_in_place_of_the_target():
-    config = changed(ConsistencyConfig(), levels="continuous", source="teacher", solver=None)
-    assert step_passes(config) == 3 + 2 + 1
+def test_the_second_stage_asks_the_first_too():
+    config = ConsistencyConfig(method="tcm", max_train_steps=10, batch_size=1, first_stage_steps=6).resolve()
+    assert [step_passes(config, step) for step in (0, 5, 6, 9)] == [4, 4, 5, 5]
+    assert total_passes(config, 0, 5) == 5 * 4
+    assert total_passes(config, 0, 10) == 6 * 4 + 4 * 5
+    assert passes_text(config) == "4, then 5"
 
 
 def test_a_run_takes_all_steps_that_the_budget_allows():
@@ -105,8 +122,7 @@ def test_few_step_levels_are_of_the_grid_and_descend():
     levels = few_step_levels(scheduler)
     assert levels["2"] == [80.0, 0.4]
     assert levels["4"] == sorted(set(levels["4"]), reverse=True)
-    grid = scheduler._karras(torch.arange(18).numpy())
-    assert all(min(abs(grid - sigma)) < 1e-5 for sigma in levels["4"])
+    assert all(min(abs(scheduler.grid - sigma)) < 1e-5 for sigma in levels["4"][:-1])
     assert levels["4"][1:] == pytest.approx([6.4, 1.6, 0.4], rel=0.4)
 
 
@@ -157,16 +173,14 @@ def test_own_runs_that_cannot_work_are_refused_at_the_start(study, tmp_path, cap
         study(runs=runs)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "digits").exists()
+    assert not (tmp_path / "digits" / "own").exists()
 
 
 # Studies ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_leaves_a_table_plots_and_results_and_does_nothing_twice(study, tmp_path, monkeypatch):
-    printed = study("--seeds", "0", "1")
-    folder = tmp_path / "digits" / "own"
-    assert "fast, seed 1: ok" in printed
+def test_a_study_leaves_a_table_and_plots(done):
+    folder = done / "digits" / "own"
     text = (folder / "report.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
     assert rows["fast"][1:3] == ["4", "28"]
@@ -176,54 +190,54 @@ def test_a_study_leaves_a_table_plots_and_results_and_does_nothing_twice(study, 
     assert "64 of a small classifier of digits" in text
     assert {"DDIM", "Heun"} <= rows.keys()
     assert all((folder / name).stat().st_size > 10_000 for name in ("training.png", "steps.png"))
-    found = results(tmp_path)
+
+
+def test_a_study_leaves_a_result_and_a_student_of_each_run_and_seed(done):
+    found = results(done)
     assert sorted(found) == ["fast-seed-0", "fast-seed-1", "slow-seed-0", "slow-seed-1"]
-    assert [sorted(result["fid"]) for result in found.values()] == [["1", "2", "4"]] * 4
     for result in found.values():
-        assert len(result["curve"]) == 5  # of six parts, rounded up
+        assert list(result["fid"]) == ["1", "2", "4"]
+        assert len(result["curve"]) in (5, 6)
         assert result["curve"][-1]["step"] == result["steps"] + result["conversion_steps"]
         assert result["curve"][-1]["passes"] <= 1920
         assert result["curve"][-1]["fid"] == result["fid"]["1"]
-    assert not list(folder.glob("runs/*/checkpoints"))
-    assert (folder / "runs" / "slow-seed-1" / "model_index.json").exists()
+    folder = done / "digits" / "own" / "runs"
+    assert not list(folder.glob("*/checkpoints"))
+    assert len(list(folder.glob("*/model_index.json"))) == 4
 
-    for name in ("measure_run", "train_teacher"):
+
+def test_what_is_done_is_not_done_again(done, tmp_path, monkeypatch):
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    report = tmp_path / "digits" / "own" / "report.md"
+    report.unlink()
+    for name in ("train_teacher", "teacher_sampler", "ConsistencyTrainer"):
         monkeypatch.setattr(ablation_runs, name, None)
-    monkeypatch.setattr(ablation, "measure_run", None)
-    (folder / "report.md").unlink()
-    study("--seeds", "0", "1")
-    assert (folder / "report.md").read_text() == text
+    command(monkeypatch, tmp_path, "--seeds", "0", "1")
+    assert report.read_text() == (done / "digits" / "own" / "report.md").read_text()
 
 
-def test_a_study_that_is_killed_ends_as_one_that_is_not(study, tmp_path, monkeypatch):
-    study()
-    whole = results(tmp_path)
-    for file in (tmp_path / "digits" / "own" / "results").iterdir():
-        file.unlink()
-    advance = ConsistencyTrainer.advance
+def test_a_study_that_is_killed_ends_as_one_that_is_not(done, study, tmp_path, monkeypatch):
+    advance, started = ConsistencyTrainer.advance, []
 
     def killed(trainer, *arguments):
         if trainer.config.method == "cd" and trainer.step == 13:
             raise KeyboardInterrupt
         return advance(trainer, *arguments)
 
-    monkeypatch.setattr(ConsistencyTrainer, "advance", killed)
-    with pytest.raises(KeyboardInterrupt):
-        study()
-    assert list(results(tmp_path)) == ["fast-seed-0"]
-
-    started = []
-
     def watched(trainer, *arguments):
         started.append((trainer.config.method, trainer.step))
         return advance(trainer, *arguments)
 
+    monkeypatch.setattr(ConsistencyTrainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study()
+    assert list(results(tmp_path)) == ["fast-seed-0"]
     monkeypatch.setattr(ConsistencyTrainer, "advance", watched)
     study()
     assert started[0] == ("cd", 12)
-    again = results(tmp_path)
-    for name, result in whole.items():
-        assert {**again[name], "seconds": 0} == {**result, "seconds": 0}
+    whole = results(done)
+    for name, result in results(tmp_path).items():
+        assert {**result, "seconds": 0} == {**whole[name], "seconds": 0}
 
 
 def test_a_run_that_fails_or_explodes_does_not_stop_the_others(study, tmp_path, monkeypatch):
@@ -245,20 +259,21 @@ def test_a_run_that_fails_or_explodes_does_not_stop_the_others(study, tmp_path, 
     assert math.isfinite(results(tmp_path)["fast-seed-0"]["fid"]["1"])
 
 
-def test_results_of_another_budget_or_teacher_are_not_mixed_in(study, monkeypatch, capsys):
-    only = {"fast": OWN["fast"]}
-    study(runs=only)
+def test_results_of_another_budget_are_not_mixed_in(done, tmp_path, monkeypatch, capsys):
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     with pytest.raises(SystemExit):
-        study("--budget", "0.6", runs=only)
+        command(monkeypatch, tmp_path, "--budget", "0.6")
     assert "max_train_steps was 28 and is 33" in capsys.readouterr().err
-    monkeypatch.setitem(ablation.SETTINGS, "digits", dataclasses.replace(TINY, teacher_steps=10))
+
+
+def test_a_teacher_of_other_settings_is_not_taken(study, capsys):
     with pytest.raises(SystemExit):
-        study("--budget", "1", runs={"other": OWN["fast"]})
+        study("--budget", "1", setting=dataclasses.replace(TINY, teacher_steps=10))
     assert "steps was 20 and is 10" in capsys.readouterr().err
 
 
 def test_results_come_from_several_processes(tmp_path):
-    found = ablation.parallel(math.sqrt, [4.0, 9.0, 16.0], 2, tmp_path)
+    found = parallel(math.sqrt, [4.0, 9.0, 16.0], 2, tmp_path)
     assert sorted(found) == [2.0, 3.0, 4.0]
     assert list(tmp_path.glob("worker-*.log"))
 
