@@ -17,15 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from small_images import load_digits, make_unet, train_teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.evaluation import frechet_distance
 from cm_diffusers.noise_levels import karras_grid
-from cm_diffusers.training.ema import EMA, decay_for_half_life
-from cm_diffusers.training.schedules import learning_rate
 from cm_diffusers.training.solvers import euler_step, heun_step, integrate
 from cm_diffusers.training.teacher import Teacher
 
@@ -47,7 +45,8 @@ def main() -> None:
 
     images, labels = load_digits()
     features = train_classifier(images, labels)
-    teacher = train_teacher(images, options.seed)
+    # An ordinary diffusers model: UNet2DModel and DDPMScheduler, predicting epsilon.
+    teacher = train_teacher(make_unet(8, channels=(32, 64)), images, TEACHER_STEPS)
 
     config = ConsistencyConfig.from_yaml(CONFIG, output_dir=str(folder / "student"), seed=options.seed)
     ConsistencyTrainer(config, teacher=(teacher.unet, teacher.scheduler), train_dataset=images).train()
@@ -64,16 +63,7 @@ def main() -> None:
     print_table(results, folder)
 
 
-# Data and features -------------------------------------------------------------------------------------------------
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits of 8 x 8 pixels in [-1, 1], and which digit each is."""
-    from sklearn.datasets import load_digits as load
-
-    digits = load()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.tensor(digits.target)
+# Features ------------------------------------------------------------------------------------------------------------
 
 
 def train_classifier(images: Tensor, labels: Tensor, steps: int = 600) -> Callable[[Tensor], Tensor]:
@@ -100,41 +90,6 @@ def train_classifier(images: Tensor, labels: Tensor, steps: int = 600) -> Callab
             optimizer.step()
     body.eval()
     return torch.no_grad()(lambda batch: body(batch.clamp(-1, 1)))
-
-
-# The teacher ---------------------------------------------------------------------------------------------------------
-
-
-def train_teacher(images: Tensor, seed: int) -> Teacher:
-    """An ordinary diffusers model: UNet2DModel and DDPMScheduler, predicting epsilon."""
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        norm_num_groups=8,
-    )
-    scheduler = DDPMScheduler()
-    average, batch_size = EMA(unet), 128
-    optimizer = torch.optim.Adam(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
-    progress = tqdm(range(TEACHER_STEPS), desc="teacher")
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, TEACHER_STEPS, 2e-3, "cosine", warmup_steps=100)
-        clean = images[torch.randint(len(images), (batch_size,))]
-        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (batch_size,))
-        predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = nn.functional.mse_loss(predicted, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        average.update(unet, decay_for_half_life(20_000, batch_size, (step + 1) * batch_size, 0.05))
-    return Teacher(average.network, scheduler, "the digits teacher")
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,408 @@
+"""The runs of an ablation: what each may spend, how it is trained, and what is measured of it."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from small_images import FASHION_MNIST, load_digits, load_fashion_mnist, make_unet, train_teacher
+from torch import Tensor
+
+from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
+from cm_diffusers.evaluation import Evaluator, Features, Reference, Sampler
+from cm_diffusers.evaluation.classifier import CONFIG, DomainClassifier
+from cm_diffusers.evaluation.results import write_whole
+from cm_diffusers.evaluation.sampling import eight_bits, student_sampler, teacher_sampler
+from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.training.phases import conversion_steps, first_stage_steps
+from cm_diffusers.training.preparation import prepare_student
+from cm_diffusers.training.teacher import Teacher, load_teacher
+
+OK, DIVERGED, NOT_FINITE = "ok", "diverged", "not finite"
+NFES = (1, 2, 4)
+CURVE_POINTS = 6  # of a run's training at which the student is measured
+TEACHER_SAMPLERS = (("euler", 20), ("heun", 11), ("heun", 23), ("heun", 35))
+GRADIENT_PASSES = 3  # a pass forward and its gradient, which costs two more
+FIXED = frozenset(
+    "teacher dataset output_dir seed resume max_train_steps checkpoint_steps checkpoint_limit eval_steps push_to_hub "
+    "tracker".split()
+)  # what a study sets itself
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dataset, the teacher that is trained on it, and how students are measured.
+
+    Args:
+        name (`str`): `digits`, or `fashion16` and `fashion28`.
+        size (`int`): of the images, in pixels.
+        channels (`tuple[int, ...]`): of the UNet's levels.
+        teacher_steps, teacher_batch (`int`): of the teacher's training.
+        sigma_max (`float`): where students start.
+        huber_c (`float`): constant of the pseudo-Huber distance, where it stands in for LPIPS.
+        num_images (`int`): that are drawn for a figure.
+        data_dir (`str`): where the files of Fashion-MNIST are.
+    """
+
+    name: str
+    size: int
+    channels: tuple[int, ...]
+    teacher_steps: int
+    teacher_batch: int
+    sigma_max: float
+    huber_c: float
+    num_images: int = 2000
+    data_dir: str = FASHION_MNIST
+
+    @property
+    def teacher_passes(self) -> int:
+        """Forward passes of one image that the teacher's training is worth."""
+        return self.teacher_steps * self.teacher_batch * GRADIENT_PASSES
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Its images in [-1, 1], and their labels."""
+        return load_digits() if self.name == "digits" else load_fashion_mnist(self.data_dir, self.size)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with one seed, and where it leaves what."""
+
+    name: str
+    seed: int
+    config: ConsistencyConfig
+    setting: Setting
+    folder: Path  # of the dataset
+    study: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}-seed-{self.seed}"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.folder / self.study
+
+    @property
+    def output_dir(self) -> Path:
+        return self.report_folder / "runs" / self.title
+
+    @property
+    def result_file(self) -> Path:
+        return self.report_folder / "results" / f"{self.title}.json"
+
+
+# What a run costs, and how many steps it may take -------------------------------------------------------------------
+
+
+def step_passes(config: ConsistencyConfig, step: int = 0) -> int:
+    """Forward passes of one image that a step of a resolved config's method is worth.
+
+    - 3 for the student with its gradient;
+    - 1 for the target without; 2 for the derivative that takes its place in continuous time, and in a second stage,
+      where the first one's student answers, too;
+    - with `source: teacher`, 1 for an Euler step of the teacher and 2 for one of Heun's, both twice if it is guided;
+    - with an adversarial term, 1 for the teacher's features of real images, and 2 for those of the student's, with
+      their gradient by the images.
+
+    Distances and optimiser are not counted; LPIPS, whose VGG is larger than small students, shows in the seconds.
+
+    Args:
+        step (`int`): counted from the method's first.
+    """
+    target = 2 if config.levels == "continuous" or step >= first_stage_steps(config) else 1
+    teacher = 0
+    if config.source == "teacher":
+        teacher = (2 if config.solver == "heun" else 1) * (2 if config.guidance_scale != 1 else 1)
+    return GRADIENT_PASSES + target + teacher + (3 if config.adversarial_weight else 0)
+
+
+def passes_text(config: ConsistencyConfig) -> str:
+    """The passes of a step, as the table has them."""
+    first = first_stage_steps(config)
+    later = f", then {step_passes(config, first)}" if first < config.max_train_steps else ""
+    return f"{step_passes(config)}{later}"
+
+
+def total_passes(config: ConsistencyConfig, converting: int, steps: int) -> int:
+    """Forward passes of one image that so many steps are worth, after `converting` that ask the teacher once each.
+
+    Args:
+        steps (`int`): up to `config.max_train_steps`.
+    """
+    images = config.batch_size * config.gradient_accumulation_steps
+    first = min(steps, first_stage_steps(config))
+    method = first * step_passes(config) + (steps - first) * step_passes(config, first)
+    return images * (converting * (GRADIENT_PASSES + 1) + method)
+
+
+def plan(setting: Setting, overrides: dict[str, Any], budget: float) -> ConsistencyConfig:
+    """The config of a run: the dataset's settings under its own, and as many steps as the budget allows.
+
+    Args:
+        overrides (`dict[str, Any]`): fields of [`ConsistencyConfig`].
+        budget (`float`): in trainings of the teacher.
+
+    Raises:
+        `ValueError`: for fields that do not exist or that a study sets itself, values that cannot work, or a budget
+            below one step.
+    """
+    if taken := sorted(FIXED & overrides.keys()):
+        raise ValueError(f"`{taken[0]}` is set by the study.")
+    config = ConsistencyConfig.from_dict({**common_settings(setting), **overrides}).resolve()
+    # Only the scheduler counts here: a network of any size will do.
+    teacher = Teacher(make_unet(setting.size, (8,)), diffusers.DDPMScheduler(), "")
+    teacher = None if config.unet_config else teacher
+    config = with_steps(config, teacher, int(budget * setting.teacher_passes))
+    if config.few_step_sigmas is None:
+        config = changed(config, few_step_sigmas=few_step_levels(prepare_student(config, teacher)[1]))
+    return config
+
+
+def with_steps(config: ConsistencyConfig, teacher: Teacher | None, passes: int) -> ConsistencyConfig:
+    """The config with the most steps that so many forward passes allow, and checkpoints to measure.
+
+    Raises:
+        `ValueError`: if they do not allow one.
+    """
+    student = prepare_student(config, teacher)[1]
+
+    def converting(steps: int) -> int:
+        return conversion_steps(changed(config, max_train_steps=steps), teacher, student)
+
+    def cost(steps: int) -> int:
+        return total_passes(changed(config, max_train_steps=steps), converting(steps), steps)
+
+    steps = bisect.bisect_right(range(1, passes + 1), passes, key=cost)
+    if steps < 1:
+        raise ValueError(f"A budget of {passes:,} forward passes is less than one step, which takes {cost(1):,}.")
+    total = steps + converting(steps)
+    return changed(config, max_train_steps=steps, checkpoint_steps=math.ceil(total / CURVE_POINTS))
+
+
+def changed(config: ConsistencyConfig, **values: Any) -> ConsistencyConfig:
+    """A copy with other values, which are known to be good."""
+    found = copy.copy(config)
+    for name, value in values.items():
+        setattr(found, name, value)
+    return found
+
+
+def common_settings(setting: Setting) -> dict[str, Any]:
+    """What all runs on a dataset have in common unless they say otherwise."""
+    return {
+        "sigma_min": 0.02, "sigma_max": setting.sigma_max, "batch_size": 64, "conversion_learning_rate": 1e-3,
+        "optimizer": "adam", "adam_betas": [0.9, 0.99], "learning_rate": 1e-3, "lr_schedule": "cosine",
+        "lr_warmup_steps": 50, "ema_half_life": 10_000, "ema_rampup": 0.1, "sample_steps": 0, "num_samples": 64,
+        "teacher_check": False, "resume": "auto", "tracker": "none", "checkpoint_limit": 1000,
+    }  # fmt: skip
+
+
+def few_step_levels(scheduler: ConsistencyScheduler) -> dict[str, list[float]] | None:
+    """Noise levels for two and four steps, out of the grid that a student ends its training on.
+
+    For two steps those of the package; for four sigma_max, and below it the levels nearest to 16, 4 and 1 times the
+    second of two steps. Without four where the grid has too few above that; `None` where it has no second.
+    """
+    stored = scheduler.config.few_step_sigmas
+    if stored is None:
+        return None
+    highest, second = stored["2"]
+    above = [sigma for sigma in scheduler.grid[1:-1].tolist() if sigma > second * (1 + 1e-6)]
+    if len(above) < 2:
+        return stored
+    third = nearest(above[1:], 4 * second)
+    levels = [highest, nearest([sigma for sigma in above if sigma > third], 16 * second), third, second]
+    return {**stored, "4": levels}
+
+
+def nearest(levels: list[float], wanted: float) -> float:
+    """The level with the smallest ratio to the wanted one."""
+    return min(levels, key=lambda sigma: abs(math.log(sigma / wanted)))
+
+
+# What all runs on a dataset share -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def prepare(setting: Setting, folder: Path) -> tuple[Tensor, Evaluator]:
+    """The images, and what measures: a classifier that is trained once, the same for all seeds."""
+    images, labels = setting.load()
+    pixels = eight_bits(images, (-1.0, 1.0))
+    place = folder / "classifier"
+    if not (place / CONFIG).exists():
+        DomainClassifier.fit(pixels, labels, width=16).save(place)
+    classifier = DomainClassifier.load(place).to(PartialState().device)
+    features = Features(classifier, f"64 of a small classifier of {setting.name}, not Inception's")
+    reference = Reference(pixels, f"the images that {setting.name} is trained on")
+    return images, Evaluator(features, reference, setting.num_images, batch_size=250)
+
+
+def fid(evaluator: Evaluator, sampler: Sampler) -> float | None:
+    """FID of a sampler; `None` if its images are not finite."""
+    try:
+        return round(evaluator.fid(sampler), 4)
+    except FloatingPointError:
+        return None
+
+
+def teacher_folder(folder: Path, seed: int) -> Path:
+    return folder / f"teacher-{seed}"
+
+
+def make_teacher(setting: Setting, folder: Path, seed: int) -> Teacher:
+    """The teacher of a seed: the one in its folder, or else it is trained now."""
+    place = teacher_folder(folder, seed)
+    settings = {
+        "channels": list(setting.channels),
+        "steps": setting.teacher_steps,
+        "batch_size": setting.teacher_batch,
+    }
+    if (place / "training.json").exists():
+        found = json.loads((place / "training.json").read_text())
+        compare(place, found["settings"], settings)
+        return load_teacher(place)
+    images, _ = prepare(setting, folder)
+    torch.manual_seed(seed)
+    unet = make_unet(setting.size, setting.channels).to(PartialState().device)
+    start = time.perf_counter()
+    teacher = train_teacher(unet, images, setting.teacher_steps, setting.teacher_batch)
+    seconds = round(time.perf_counter() - start, 1)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    diffusers.DDPMPipeline(teacher.unet, teacher.scheduler).save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps({"settings": settings, "seconds": seconds}, indent=2) + "\n")
+    os.replace(partial, place)
+    return teacher
+
+
+def compare(place: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """See that what was kept is what would be made now.
+
+    Raises:
+        `ValueError`: if it is not, naming each difference.
+    """
+    differences = [f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in now if was.get(name) != now[name]]
+    if differences:
+        raise ValueError(
+            f"{place} is of another study: {'; '.join(differences)}. Delete it, or take another `--output_dir`."
+        )
+
+
+def measure_teacher(setting: Setting, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """FID of the teacher of a seed over solvers and numbers of evaluations, kept beside it."""
+    file = teacher_folder(folder, seed) / "figures.json"
+    teacher, (_, evaluator) = make_teacher(setting, folder, seed), prepare(setting, folder)
+    protocol = dataclasses.asdict(evaluator.protocol)
+    if file.exists():
+        found = json.loads(file.read_text())
+        compare(file, found["protocol"], protocol)
+        return found["figures"]
+    teacher.unet.to(PartialState().device)
+    low, high = common_settings(setting)["sigma_min"], setting.sigma_max
+    figures = [
+        {"solver": solver, "nfe": nfe, "fid": fid(evaluator, teacher_sampler(teacher, nfe, solver, low, high))}
+        for solver, nfe in TEACHER_SAMPLERS
+    ]
+    write_whole(file, json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
+    return figures
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def identity(run: Run, evaluator: Evaluator) -> dict[str, Any]:
+    """What a result depends on."""
+    config = {name: value for name, value in run.config.to_dict().items() if name not in ("output_dir", "resume")}
+    return {**config, "protocol": dataclasses.asdict(evaluator.protocol)}
+
+
+def read_result(run: Run) -> dict[str, Any] | None:
+    """What was found of a run when it ended; `None` if it has not ended.
+
+    Raises:
+        `ValueError`: if the file is of a run with other settings, naming each difference, or is none of ours.
+    """
+    if not run.result_file.exists():
+        return None
+    try:
+        found = json.loads(run.result_file.read_text())
+        was = found["identity"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run.result_file} holds no result: {error}. Delete it.") from error
+    # A field that is younger than the result had its default.
+    defaults = {name: value for name, value in ConsistencyConfig().to_dict().items() if name not in was}
+    compare(run.result_file, {**defaults, **was}, identity(run, prepare(run.setting, run.folder)[1]))
+    return found
+
+
+def measure_run(run: Run) -> dict[str, Any]:
+    """Train a student, or go on where it was, and measure it: along its training in one step, at its end in several.
+
+    Returns:
+        `dict[str, Any]`: also written to the result's file. `status` is `ok`, `diverged` (its one-step FID ended at
+        more than twice its best) or `not finite`.
+    """
+    images, evaluator = prepare(run.setting, run.folder)
+    teacher = None if run.config.unet_config else make_teacher(run.setting, run.folder, run.seed)
+    trainer = ConsistencyTrainer(run.config, teacher and (teacher.unet, teacher.scheduler), images)
+    try:
+        trainer.train()
+        finite = True
+    except FloatingPointError:
+        finite = False
+    curve = measure_curve(trainer, evaluator)
+    pipeline = trainer.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    nfes = [nfe for nfe in NFES if nfe == 1 or nfe < pipeline.scheduler.grid_length]
+    found = {str(nfe): fid(evaluator, student_sampler(pipeline, nfe)) for nfe in nfes} if finite else {}
+    start = method_start(trainer)
+    result = {
+        "status": status(curve, found), "fid": found, "curve": curve, "seconds": round(trainer.seconds, 1),
+        "conversion_steps": start, "steps": trainer.step - start, "identity": identity(run, evaluator),
+    }  # fmt: skip
+    run.result_file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(run.result_file, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(trainer.memory.folder)
+    return result
+
+
+def measure_curve(trainer: ConsistencyTrainer, evaluator: Evaluator) -> list[dict[str, Any]]:
+    """One-step FID of the averages in each regular checkpoint of the method itself."""
+    pipeline, curve = copy.deepcopy(trainer.pipeline()), []
+    pipeline.set_progress_bar_config(disable=True)
+    for folder in sorted(trainer.memory.folder.glob("step-*")):
+        step = int(folder.name.removeprefix("step-"))
+        if step > method_start(trainer):
+            pipeline.unet.load_state_dict(load_file(folder / "ema.safetensors"))
+            passes = total_passes(trainer.config, method_start(trainer), step - method_start(trainer))
+            found = fid(evaluator, student_sampler(pipeline, 1))
+            curve.append({"step": step, "passes": passes, "fid": found})
+    return curve
+
+
+def method_start(trainer: ConsistencyTrainer) -> int:
+    """The step at which the conversion is over."""
+    return next(phase.start for phase in trainer.phases if phase.is_method)
+
+
+def status(curve: list[dict[str, Any]], found: dict[str, float | None]) -> str:
+    last = found.get("1")
+    if last is None or None in found.values():
+        return NOT_FINITE
+    best = min((point["fid"] for point in curve if point["fid"] is not None), default=last)
+    return DIVERGED if last > 2 * best else OK
