@@ -251,8 +251,11 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
 def _bytes_kept(trainer: ConsistencyTrainer, batch: dict[str, torch.Tensor]) -> int:
     phase = trainer.phases[-1]
     networks: list[nn.Module] = [trainer.student]
-    if isinstance(phase.objective, PairObjective) and isinstance(phase.objective.distance, nn.Module):
-        networks.append(phase.objective.distance)
+    objective: Any = phase.objective
+    while hasattr(objective, "objective"):  # a term on top of another
+        objective = objective.objective
+    if isinstance(objective, PairObjective) and isinstance(objective.distance, nn.Module):
+        networks.append(objective.distance)
     batch = trainer.to_device(batch)
     with Kept(*networks).counting() as kept:
         trainer.losses(phase, 0, batch)

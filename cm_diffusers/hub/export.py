@@ -94,21 +94,23 @@ class OneStep(nn.Module):
         self.unet = copy.deepcopy(pipeline.unet).float().eval()
         config = pipeline.scheduler.config
         self.sigma, (self.low, self.high) = float(config.sigma_max), config.image_range
-        self.target_timestep = None
-        if config.flow_map:
-            self.target_timestep = pipeline.scheduler.preconditioning.c_noise(torch.tensor([config.sigma_min])).float()
+        scheduler, self.flow_map = pipeline.scheduler, config.flow_map
+        function = scheduler.preconditioning if self.flow_map else scheduler.boundary
         # Of one noise level they are numbers.
-        self.scalings = pipeline.scheduler.boundary.scalings(torch.tensor([self.sigma]))
+        self.scalings = function.scalings(torch.tensor([self.sigma]))
+        self.target_timestep = scheduler.preconditioning.scalings(torch.tensor([config.sigma_min])).c_noise
+        self.rest = config.sigma_min / config.sigma_max if self.flow_map else 0.0
 
     def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Images of the shape of `noise`, `(batch, channels, height, width)`; labels of shape `(batch,)`."""
         conditioning: dict[str, Any] = {} if class_labels is None else {"class_labels": class_labels}
-        if self.target_timestep is not None:
+        if self.flow_map:
             conditioning = {"class_labels": self.target_timestep.expand(noise.shape[0])}
         c_skip, c_out, input_scale, c_noise = self.scalings
         sample = noise * self.sigma
         output = network_output(self.unet, sample / input_scale, c_noise.expand(noise.shape[0]), **conditioning)
-        images = c_skip * sample + c_out * output
+        images = (c_skip * sample + c_out * output).clamp(self.low, self.high)
+        images = images + self.rest * (sample - images)
         return ((images - self.low) / (self.high - self.low)).clamp(0, 1)
 
 

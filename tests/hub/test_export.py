@@ -16,10 +16,10 @@ from cm_diffusers.hub import export_to_diffusers, export_to_onnx
 NOISE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def student(scheduler=None, stock=False, boundary="euler", image_range=None, **config):
+def student(scheduler=None, stock=False, boundary="euler", image_range=None, flow_map=False, **config):
     scheduler = scheduler or diffusers.DDPMScheduler(prediction_type="v_prediction")
     how = {"family": "consistency"} if stock else {"boundary": boundary}
-    scheduler = ConsistencyScheduler.from_teacher(scheduler, image_range=image_range, **how)
+    scheduler = ConsistencyScheduler.from_teacher(scheduler, image_range=image_range, flow_map=flow_map, **how)
     pipeline = ConsistencyPipeline(build_unet(**config), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -92,10 +92,12 @@ def test_what_is_not_stock_is_refused_with_the_reason(make, reason, tmp_path):
         export_to_diffusers(make(), tmp_path)
 
 
-@pytest.mark.parametrize("classes", [None, 5])
-def test_onnxruntime_draws_the_same_images(classes, tmp_path):
+@pytest.mark.parametrize(("classes", "flow_map"), [(None, False), (5, False), (None, True)])
+def test_onnxruntime_draws_the_same_images(classes, flow_map, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    pipeline = student(num_class_embeds=classes)
+    pipeline = student(
+        num_class_embeds=classes, flow_map=flow_map, class_embed_type="timestep" if flow_map else None
+    )  # fmt: skip
     session = onnxruntime.InferenceSession(str(export_to_onnx(pipeline, tmp_path)))
     for count in (1, 3):
         labels = np.arange(count, dtype=np.int64)

@@ -11,7 +11,8 @@ from launching import final_state, largest_difference, run
 from test_scale import HALVES, SHARDED, WEIGHT_TOLERANCE, WHOLE
 from tiny_run import images
 
-from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
+from cm_diffusers.preconditioning import Boundary, Denoiser
 from cm_diffusers.training.config import METHODS
 
 # LPIPS would look for its weights.
@@ -119,6 +120,28 @@ def test_a_flow_map_of_the_first_step_is_the_teacher(tmp_path):
         for second in (0.0, 3.0):
             told = trainer.unet(x, scalings.c_noise, class_labels=torch.full((2,), second)).sample
             torch.testing.assert_close(told, expected)
+
+
+def test_a_flow_map_steps_along_the_denoised_image_without_noise():
+    scheduler = ConsistencyScheduler(family="edm", boundary="euler", flow_map=True)
+    unet, x = build_unet(class_embed_type="timestep"), torch.randn(2, 3, 8, 8)
+    scheduler.set_timesteps(sigmas=[80.0, 2.0])
+    for index, (sigma, lower) in enumerate([(80.0, 2.0), (2.0, 0.002)]):
+        told = scheduler.preconditioning.c_noise(torch.tensor([lower])).float()
+        assert scheduler.target_timesteps[index] == pytest.approx(float(told))
+        with torch.no_grad():
+            boundary = Boundary(scheduler.preconditioning, "euler", lower)
+            expected = Denoiser(unet, boundary)(sigma * x, sigma, class_labels=told.expand(2))
+            t = scheduler.timesteps[index]
+            output = unet(scheduler.scale_model_input(sigma * x, t), t, class_labels=told.expand(2)).sample
+        scheduler.register_to_config(clip_denoised=False)
+        torch.testing.assert_close(scheduler.step(output, t, sigma * x).prev_sample, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"boundary": "edm", "family": "edm"}, {"boundary": "edm"}])
+def test_a_flow_map_is_of_the_euler_form(options):
+    with pytest.raises(ValueError, match="needs `boundary='euler'`"):
+        ConsistencyScheduler(flow_map=True, **options)
 
 
 def test_flow_maps_refuse_class_conditional_networks(tmp_path):
