@@ -170,7 +170,8 @@ def _weights_fit(found: Diagnosis, config: ConsistencyConfig, teacher: Teacher) 
     """Whether there is room for all the copies of the weights; if not, nothing is moved to the device."""
     resolved = config.resolve()
     in_float32 = 4 * sum(weight.numel() for weight in teacher.unet.parameters())
-    copies = 5 + (resolved.target == "ema" and bool(resolved.mu))  # student, average, gradients and two moments
+    # Student, average, gradients and two moments; a target, and the student of a first stage.
+    copies = 5 + (resolved.target == "ema" and bool(resolved.mu)) + (resolved.truncation is not None)
     needed, free = copies * in_float32, _bytes_free(_device())
     if _device().type != "cpu":  # where the teacher is not yet
         needed += in_float32 * getattr(torch, config.teacher_dtype).itemsize // 4
@@ -256,6 +257,8 @@ def _bytes_kept(trainer: ConsistencyTrainer, batch: dict[str, torch.Tensor]) -> 
         objective = objective.objective
     if isinstance(objective, PairObjective) and isinstance(objective.distance, nn.Module):
         networks.append(objective.distance)
+    if trainer.teacher is not None:
+        networks.append(trainer.teacher.unet)
     batch = trainer.to_device(batch)
     with Kept(*networks).counting() as kept:
         trainer.losses(phase, 0, batch)

@@ -184,7 +184,8 @@ class MappedLevels:
         sigma_min, sigma_max (`float`): the ends.
         p_mean, p_std (`float`): of ln sigma, which is normal between the ends.
         sigma_boundary (`float`, *optional*): for a student that knows only the levels from here up (Lee et al. 2024):
-            it is the lowest of the higher levels, and `boundary_share` of the batch are there.
+            it is the lowest of the higher levels, and `boundary_share` of the batch are there. They count as much as
+            the others: with a tenth of it, as published, students of known problems drifted off.
         boundary_share (`float`): see above.
     """
 

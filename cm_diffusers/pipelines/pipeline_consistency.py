@@ -72,6 +72,8 @@ class ConsistencyPipeline(DiffusionPipeline):
             scheduler = ConsistencyScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_class_label=null_class_label)
+        if self.scheduler.config.flow_map:
+            unet.class_embedding.register_forward_pre_hook(_in_precision)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
         self._interrupt = False
 
@@ -173,7 +175,9 @@ class ConsistencyPipeline(DiffusionPipeline):
                     conditioning = {"class_labels": self.scheduler.target_timesteps[i].expand(len(latents))}
                 model_output = self._predict(latents, t, conditioning, guidance_scale)
                 noisier, denoised = self.scheduler.step(model_output, t, latents, generator, return_dict=False)
-                latents = noisier if known is None else noisier + (known.put_back(denoised) - denoised)
+                latents = noisier
+                if known is not None:
+                    latents = noisier + self.scheduler.denoised_share(i) * (known.put_back(denoised) - denoised)
                 if callback_on_step_end is not None:
                     tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
@@ -294,7 +298,7 @@ class ConsistencyPipeline(DiffusionPipeline):
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"The callback can get {self._callback_tensor_inputs}, not {sorted(unknown)}.")
-        if guidance_scale != 1 and self.config.null_class_label is None:
+        if guidance_scale != 1 and None in (self.config.null_class_label, self.unet.config.num_class_embeds):
             raise ValueError(
                 f"`guidance_scale={guidance_scale}` needs a student trained with a null class; this one has no "
                 "`null_class_label`."
@@ -382,3 +386,8 @@ class ConsistencyPipeline(DiffusionPipeline):
         weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         patterns = ["*.json", weights] + ([f"*.safetensors.index.{variant}.json"] if variant else [])
         return snapshot_download(str(pretrained_model_name), allow_patterns=patterns, **passed)
+
+
+def _in_precision(embedding: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """diffusers gives the embedding of a second time float32 whatever the precision of the network."""
+    return (inputs[0].to(embedding.linear_1.weight.dtype),)

@@ -71,6 +71,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             descending. Other numbers of steps are spread over the Karras grid.
         num_levels (`int`, *optional*): length of the Karras grid that the student was trained on, whose levels are the
             only ones it knows well; `num_train_timesteps` when `None`.
+        sigma_lowest (`float`, *optional*): the lowest level that the student was trained at, where that is not
+            `sigma_min`; the grid ends there.
         flow_map (`bool`): the network is told which lower level to jump to, as a second time, and jumps there without
             noise being added. Its boundary is `euler`.
     """
@@ -102,6 +104,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         num_levels: int | None = None,
         time_scale: float = 1.0,
         flow_map: bool = False,
+        sigma_lowest: float | None = None,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -112,6 +115,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
                 "`sigma_data`, `rho` and `num_train_timesteps` must be positive and `image_range` ascending, got "
                 f"{sigma_data}, {rho}, {num_train_timesteps} and {list(image_range)}."
             )
+        if sigma_lowest is not None and not sigma_min < sigma_lowest < sigma_max:
+            raise ValueError(f"`sigma_lowest` must lie between {sigma_min} and {sigma_max}, got {sigma_lowest}.")
         if num_levels is not None and num_levels < 2:
             raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
         if flow_map and (boundary != "euler" or family == "consistency"):
@@ -263,7 +268,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def _karras(self, indices: np.ndarray) -> np.ndarray:
         config = self.config
         ramp = indices / max(self.grid_length - 1, 1)
-        return karras_sigmas(ramp, config.sigma_min, config.sigma_max, config.rho)
+        return karras_sigmas(ramp, config.sigma_lowest or config.sigma_min, config.sigma_max, config.rho)
 
     def _sigmas_at(self, timesteps: Sequence[float]) -> np.ndarray:
         values = np.asarray(torch.as_tensor(timesteps).cpu(), dtype=np.float64)
@@ -365,7 +370,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
         prev_sample = denoised
         if self.config.flow_map:
-            prev_sample = torch.lerp(denoised, sample.to(dtype), float(self.sigmas[index + 1] / self.sigmas[index]))
+            prev_sample = torch.lerp(sample.to(dtype), denoised, self.denoised_share(index))
         elif self._adds_noise_after(index):
             noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
             prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(self.sigmas[index + 1])
@@ -383,6 +388,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         several steps. Where it is stock networks that run, their published images come first, to the bit.
         """
         return index + 1 < len(self.timesteps) or (self.is_stock and len(self.timesteps) > 1)
+
+    def denoised_share(self, index: int) -> float:
+        """How much of the clean estimate of a step is in the state after it: all, but on the way of a flow map."""
+        return 1.0 - float(self.sigmas[index + 1] / self.sigmas[index]) if self.config.flow_map else 1.0
 
     def added_noise_std(self, sigma: Tensor) -> Tensor:
         """`sqrt(sigma^2 - sigma_min^2)`: f answers at `sigma_min`, so that much noise leads back to `sigma`.

@@ -24,6 +24,12 @@ class Companion:
         self.module, self.accelerator = module.to(accelerator.device), accelerator
         weights = [weight for weight in module.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        for weight in weights:  # from the start, as a checkpoint that finds nothing would take a step to make it
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
         self._weights = weights
 
     def step(self, bad: Tensor) -> None:

@@ -37,7 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Geng et al. 2024
     "ect": {**_EASY, "source": "data"},
-    "ecd": {**_EASY, "source": "teacher", "solver": "heun"},
+    # Euler: where r is sigma_min, Heun's second slope would be one of hardly any noise.
+    "ecd": {**_EASY, "source": "teacher", "solver": "euler"},
     # Lee et al. 2024
     "tcm": {**_EASY, "source": "data", "truncation": 1.0},
     # Lu & Song 2024
@@ -45,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scd": {**_CONTINUOUS, "source": "teacher"},
     # Geng et al. 2025
     "meanflow": {
-        **_CONTINUOUS, "source": "data", "flow_map": True, "tangent_warmup_steps": 0, "weighting": "uniform",
+        **_CONTINUOUS, "source": "data", "flow_map": True, "weighting": "uniform",
     },
 }  # fmt: skip
 
@@ -96,7 +97,9 @@ class ConsistencyConfig:
     )
 
     # The student
-    unet_config: str | None = _option(None, "for ct without a teacher: a UNet2DModel config to initialise at random")
+    unet_config: str | None = _option(
+        None, "to learn from data without a teacher: a UNet2DModel config to initialise at random"
+    )
     boundary: Literal["edm", "euler", "lcm"] | None = _option(None, "boundary form; by default what suits the teacher")
     sigma_min: float | None = _option(None, "where the consistency function is the identity")
     sigma_max: float | None = _option(None, "where sampling starts")
@@ -224,6 +227,7 @@ class ConsistencyConfig:
         levels = self.levels or choices["levels"]
         foreign = {name for kind, names in ONLY_FOR_LEVELS.items() if kind != levels for name in names}
         config = dataclasses.replace(self, **{k: v for k, v in choices.items() if k not in foreign})
+        self._check_effect(config)
         config._check_levels()
         if config.source == "teacher" and config.solver is None and config.levels != "continuous":
             raise ValueError("`source='teacher'` needs a `solver`.")
@@ -236,6 +240,30 @@ class ConsistencyConfig:
         if config.label_dropout and config.null_class_label is None:
             raise ValueError("`label_dropout` needs `null_class_label`, the label that stands for 'no class'.")
         return config
+
+    def _check_effect(self, resolved: ConsistencyConfig) -> None:
+        """See that what was set, and not chosen by the method, does something."""
+        rules = (
+            ("mu", resolved.target == "ema", "`target='ema'`"),
+            ("huber_c", resolved.distance == "pseudo_huber", "`distance='pseudo_huber'`"),
+            ("solver", resolved.source == "teacher", "`source='teacher'`"),
+            ("p_mean", resolved.level_distribution == "lognormal", "`level_distribution='lognormal'`"),
+            ("p_std", resolved.level_distribution == "lognormal", "`level_distribution='lognormal'`"),
+            ("first_stage_steps", resolved.truncation is not None, "`truncation`, with which the second stage begins"),
+        )
+        for name, has_effect, needed in rules:
+            if getattr(self, name) is not None and not has_effect:
+                raise ValueError(f"`{name}` needs {needed}.")
+        if resolved.target == "ema" and resolved.mu is None:
+            raise ValueError("`target='ema'` needs `mu`.")
+        if resolved.method == "tcm" and resolved.truncation is None:
+            raise ValueError("`method='tcm'` needs `levels='mapping'`, whose truncation it is.")
+        if resolved.first_stage_steps is not None and resolved.first_stage_steps >= resolved.max_train_steps:
+            raise ValueError("`first_stage_steps` must leave steps for the second stage.")
+        if resolved.flow_map and self.boundary not in (None, "euler"):
+            raise ValueError(f"`flow_map` has the boundary 'euler', not {self.boundary!r}.")
+        if resolved.flow_map and self.tangent_warmup_steps:
+            raise ValueError("`tangent_warmup_steps` has no meaning for a flow map: leave it out.")
 
     def _check_levels(self) -> None:
         """See that what the levels need is there, and that what is there has a meaning for them."""
@@ -251,8 +279,6 @@ class ConsistencyConfig:
             raise ValueError("`level_distribution='lognormal'` needs `p_mean` and `p_std`.")
         if self.mu_schedule == "progressive" and (self.s0 is None or levels in ("mapping", "continuous")):
             raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
-        if self.first_stage_steps is not None and self.truncation is None:
-            raise ValueError("`first_stage_steps` needs `truncation`, with which the second stage begins.")
         if levels == "continuous":
             self._require("distance", lambda value: value == "l2", "l2, as continuous levels compare derivatives")
             self._require("weighting", lambda value: value != "inverse_gap", "uniform or adaptive: there is no gap")

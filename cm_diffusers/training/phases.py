@@ -186,6 +186,8 @@ def _pair_objective(
 def _tangent_objective(
     config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler, networks: Networks
 ) -> TangentObjective:
+    if config.derivative == "forward" and not networks.forward_mode:
+        raise ValueError("`derivative='forward'` goes neither with `compile` nor with weights in parts: leave it out.")
     low, high, family = scheduler.config.sigma_min, scheduler.config.sigma_max, scheduler.preconditioning
     sigmas = make_sigmas(config, low, high)
     jumps = FlowMapJumps(family, low, sigmas) if config.flow_map else ConsistencyJumps(scheduler.boundary, sigmas)
@@ -199,6 +201,8 @@ def _tangent_objective(
 
 def tangent_warmup_steps(config: ConsistencyConfig) -> int:
     """Steps until the network's own derivative counts fully."""
+    if config.flow_map:
+        return 0
     if config.tangent_warmup_steps is not None:
         return config.tangent_warmup_steps
     return min(config.max_train_steps // 10, 10_000)

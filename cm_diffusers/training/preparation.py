@@ -48,8 +48,14 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
     """The scheduler with the grid that the student ends its training on, and a second level out of it."""
     now = scheduler.config
     length, second = grid_length(config), default_second_sigma(height_and_width(size)[0])
-    second = max(second, config.truncation or 0.0)
     changes: dict[str, Any] = {}
+    if config.truncation is not None:
+        if not 1.01 * now.sigma_min < config.truncation < now.sigma_max:
+            raise ValueError(
+                f"`truncation` must lie between sigma_min={now.sigma_min:g} and sigma_max={now.sigma_max:g}, got "
+                f"{config.truncation:g}."
+            )
+        changes["sigma_lowest"], second = config.truncation, max(second, config.truncation)
     if length is not None:
         changes["num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"] = length
         grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)

@@ -66,6 +66,10 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
         )
     if prediction_type is not None:
         scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    if getattr(scheduler.config, "flow_map", False):
+        raise ValueError(
+            "A flow map cannot be a teacher: it says where a jump ends, and not only which way the ODE goes."
+        )
     read_preconditioning(scheduler)
     return Teacher(unet.requires_grad_(False).eval(), scheduler, name)
 

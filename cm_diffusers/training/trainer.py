@@ -68,7 +68,7 @@ class ConsistencyTrainer:
     Args:
         config ([`ConsistencyConfig`]): the run.
         teacher (*optional*): a folder, Hub id, pipeline, or pair `(unet, scheduler)`; `config.teacher` when `None`.
-            For `ct` it only gives the initial weights.
+            Methods that learn from data take only its weights to begin with.
         train_dataset (*optional*): a dataset of `datasets`, a torch dataset of images, or a tensor of shape
             `(n, channels, height, width)`; `config.dataset` when `None`.
 

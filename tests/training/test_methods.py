@@ -11,9 +11,16 @@ from launching import final_state, largest_difference, run
 from test_scale import HALVES, SHARDED, WEIGHT_TOLERANCE, WHOLE
 from tiny_run import images
 
-from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
+from cm_diffusers import (
+    ConsistencyConfig,
+    ConsistencyInpaintPipeline,
+    ConsistencyPipeline,
+    ConsistencyScheduler,
+    ConsistencyTrainer,
+)
 from cm_diffusers.preconditioning import Boundary, Denoiser
 from cm_diffusers.training.config import METHODS
+from cm_diffusers.training.randomness import SampleRandom
 
 # LPIPS would look for its weights.
 SHORT = {"cd": {"distance": "pseudo_huber"}, "ct": {"distance": "pseudo_huber"}}
@@ -107,6 +114,33 @@ def test_finite_differences_train_alike(tmp_path):
     assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
 
 
+@pytest.mark.parametrize("derivative", ["forward", "finite_difference"])
+def test_derivatives_are_taken_in_full_precision(derivative, tmp_path):
+    """accelerate's autocast is inside of the network that it prepared."""
+    seen = set()
+    trainer = make_trainer(tmp_path, "scd", derivative=derivative, mixed_precision="bf16")
+    trainer.unet.conv_in.register_forward_hook(lambda layer, inputs, output: seen.add((output.dtype, trainer.inside)))
+    objective = trainer.phases[-1].objective.objective
+    inner, trainer.inside = objective.derivative, False
+
+    def watched(*arguments, **conditioning):
+        trainer.inside = True
+        found = inner(*arguments, **conditioning)
+        trainer.inside = False
+        return found
+
+    object.__setattr__(objective, "derivative", watched)
+    trainer.train()
+    assert seen == {(torch.float32, True), (torch.bfloat16, False)}
+
+
+def test_a_truncated_student_is_sampled_where_it_was_trained(tmp_path):
+    scheduler = make_trainer(tmp_path, "tcm", truncation=1.5).scheduler
+    assert scheduler.grid.min() == pytest.approx(1.5)
+    for nfe in (2, 3, 4, 8):
+        assert scheduler.levels_for(nfe).min() >= 1.5 * (1 - 1e-6)
+
+
 # A student with a second time ----------------------------------------------------------------------------------------
 
 
@@ -144,6 +178,46 @@ def test_a_flow_map_is_of_the_euler_form(options):
         ConsistencyScheduler(flow_map=True, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_flow_map_is_sampled_in_half_precision(dtype):
+    scheduler = ConsistencyScheduler(family="edm", boundary="euler", flow_map=True)
+    pipeline = ConsistencyPipeline(build_unet(class_embed_type="timestep").to(dtype), scheduler)
+    assert sample(pipeline, num_inference_steps=2).isfinite().all()
+
+
+def test_a_flow_map_answers_with_its_clean_image_whatever_the_jump(tmp_path):
+    """Where it does not jump, that is D, and not the noisy state that it stays at."""
+    trainer = make_trainer(tmp_path, "meanflow", (build_unet(), diffusers.EDMEulerScheduler()))
+    objective = trainer.phases[-1].objective
+    clean = images()[:8]
+    losses = objective.losses(clean, 0, SampleRandom(torch.arange(8), clean.device))
+    jump = objective.jumps.draw(again := SampleRandom(torch.arange(8), clean.device))
+    x = clean + jump.sigma.view(-1, 1, 1, 1) * again.normal_like(clean)
+    denoiser = Denoiser(trainer.unet, trainer.scheduler.preconditioning)
+    torch.testing.assert_close(losses.denoised, denoiser(x, jump.sigma, **jump.conditioning), rtol=1e-4, atol=1e-4)
+
+
+def test_a_flow_map_keeps_what_is_known_on_its_way():
+    scheduler = ConsistencyScheduler(family="edm", boundary="euler", flow_map=True)
+    pipeline = ConsistencyInpaintPipeline(build_unet(class_embed_type="timestep"), scheduler)
+    noise, image = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    states = []
+
+    def look(pipe, index, t, tensors):
+        states.append((tensors["latents"], float(pipe.scheduler.sigmas[index + 1])))
+
+    pipeline(image, torch.zeros(1, 1, 8, 8), num_inference_steps=4, latents=noise, callback_on_step_end=look)
+    for (state, sigma), (later, below) in zip(states, states[1:], strict=False):
+        # On the straight line from where it was to the known image.
+        torch.testing.assert_close(later, (2 * image - 1) + (below / sigma) * (state - (2 * image - 1)))
+
+
+def test_flow_maps_are_no_teachers(tmp_path):
+    scheduler = ConsistencyScheduler(family="edm", boundary="euler", flow_map=True)
+    with pytest.raises(ValueError, match="flow map cannot be a teacher"):
+        make_trainer(tmp_path, "scd", (build_unet(class_embed_type="timestep"), scheduler))
+
+
 def test_flow_maps_refuse_class_conditional_networks(tmp_path):
     with pytest.raises(ValueError, match="class-conditional"):
         make_trainer(tmp_path, "meanflow", (build_unet(num_class_embeds=3), diffusers.EDMEulerScheduler()))
@@ -174,6 +248,15 @@ def test_a_new_network_can_be_a_flow_map(tmp_path):
         ({"method": "cd", "stages": 3}, "`stages` is for `levels='mapping'`"),
         ({"method": "cd", "flow_map": True}, "`flow_map` is for `levels='continuous'`"),
         ({"method": "ect", "first_stage_steps": 3}, "needs `truncation`"),
+        ({"method": "tcm", "first_stage_steps": 9, "max_train_steps": 9}, "must leave steps"),
+        ({"method": "tcm", "levels": "doubling", "s0": 2, "s1": 8}, "`method='tcm'` needs `levels='mapping'`"),
+        ({"method": "ict", "mu": 0.9}, "`mu` needs `target='ema'`"),
+        ({"method": "ict", "target": "ema"}, "`target='ema'` needs `mu`"),
+        ({"method": "scd", "huber_c": 0.1}, "`huber_c` needs `distance='pseudo_huber'`"),
+        ({"method": "ct", "solver": "heun"}, "`solver` needs `source='teacher'`"),
+        ({"method": "cd", "p_mean": 0.1}, "`p_mean` needs `level_distribution='lognormal'`"),
+        ({"method": "meanflow", "boundary": "edm"}, "`flow_map` has the boundary 'euler'"),
+        ({"method": "meanflow", "tangent_warmup_steps": 9}, "no meaning for a flow map"),
         ({"method": "cd", "levels": "mapping", "level_distribution": "lognormal"}, "needs `stages`"),
         ({"method": "ect", "mapping_base": 1.0}, "`mapping_base` must be above 1"),
     ],
@@ -182,6 +265,27 @@ def test_a_new_network_can_be_a_flow_map(tmp_path):
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ConsistencyConfig(**options).resolve()
+
+
+@pytest.mark.parametrize("truncation", [0.001, 200.0])
+def test_a_truncation_outside_of_the_levels_is_refused(truncation, tmp_path):
+    with pytest.raises(ValueError, match="`truncation` must lie between"):
+        make_trainer(tmp_path, "tcm", truncation=truncation)
+
+
+def test_forward_mode_is_refused_where_it_cannot_see(tmp_path):
+    with pytest.raises(ValueError, match="goes neither with `compile`"):
+        make_trainer(tmp_path, "scd", derivative="forward", compile=True)
+
+
+def test_a_checkpoint_before_its_first_step_leaves_a_companion_as_it_is(tmp_path):
+    trained = []
+    for steps in (1, 100):  # the conversion has two
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = make_trainer(tmp_path / str(steps), "scd", checkpoint_steps=steps)
+        trainer.train()
+        trained.append(weights(trainer.companions["log_loss"].module))
+    assert torch.equal(*trained)
 
 
 def test_a_method_with_other_levels_drops_what_only_its_own_need():

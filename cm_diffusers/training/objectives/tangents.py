@@ -8,7 +8,8 @@ same of every family of networks, whatever its preconditioning, and stays bounde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +63,21 @@ def finite_difference(
     with same_dropout(network, sample.device):
         after = predict(step)
     return (after - predict(-step)) / expand(2 * step, sample)
+
+
+@contextmanager
+def in_full_precision(network: Any, device: torch.device) -> Iterator[None]:
+    """Half of it leaves nothing of a derivative. accelerate's own autocast is part of the network that it prepared."""
+    plain = getattr(network, "_original_forward", None)
+    wrapped = network.forward if plain is not None else None
+    try:
+        if plain is not None:
+            network.forward = plain
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if plain is not None:
+            network.forward = wrapped
 
 
 DERIVATIVES: dict[str, NetworkDerivative] = {"forward": forward_mode, "finite_difference": finite_difference}
@@ -205,12 +221,8 @@ class TangentObjective:
         scaled = sample / now.input_scale
         scaled_along = (along - scaled * change.input_scale) / now.input_scale
         times = now.c_noise.flatten(), change.c_noise.flatten()
-        with (
-            torch.no_grad(),
-            same_dropout(self.network, images.device),
-            torch.autocast(images.device.type, enabled=False),
-        ):
-            # In full precision: half of it leaves nothing of a derivative.
+        device = images.device
+        with torch.no_grad(), same_dropout(self.network, device), in_full_precision(self.plain, device):
             output_change = self.derivative(self.plain, scaled, times[0], scaled_along, times[1], **told)
         output = network_output(self.network, scaled, times[0], **told).float()
 
@@ -220,7 +232,9 @@ class TangentObjective:
         stable = expand(self._cos_squared(jump.sigma), images) * (skip * sample + out * constant - clean)
         tangent = (stable + self.warm_up(step) * (total - stable)) / out
         error = output - constant + self.normalize(tangent)
-        denoised = now.c_skip * sample + now.c_out * output
+        # A flow map's clean image is the one that it moves along, wherever it jumps to.
+        answer = (skip, out) if jump.conditioning else (now.c_skip, now.c_out)
+        denoised = answer[0] * sample + answer[1] * output
         return Losses(error.square().flatten(1).mean(1), jump.sigma, denoised)
 
     def _cos_squared(self, sigma: Tensor) -> Tensor:
