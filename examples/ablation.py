@@ -78,7 +78,10 @@ def study_runs(study: str, setting: Setting) -> dict[str, dict[str, Any]]:
         return {name: {"method": name, **(lpips_instead if name in perceptual else {})} for name in METHODS}
     base = {"method": "cd", "num_levels": 18, "solver": "heun", "mu": 0.0, **lpips_instead}
     changes: dict[str, dict[str, Any]] = {
-        "metric": {name: {"distance": name} for name in metrics(setting)},
+        "metric": {
+            name: {"distance": name, **({} if name == "pseudo_huber" else {"huber_c": None})}
+            for name in metrics(setting)
+        },
         "solver": {f"{s}-{n}": {"solver": s, "num_levels": n} for s in ("euler", "heun") for n in (18, 40)},
         "num_levels": {f"N-{n}": {"num_levels": n} for n in (6, 10, 18, 40, 80)},
         "mu": {f"mu-{mu:g}": {"mu": mu} for mu in (0.0, 0.9, 0.95, 0.99, 0.999)},

@@ -21,12 +21,12 @@ _CONTINUOUS = {
 METHODS: dict[str, dict[str, Any]] = {
     # Song et al. 2023, algorithms 2 and 3
     "cd": {
-        "levels": "fixed", "num_levels": 40, "level_distribution": "uniform", "p_mean": -1.1, "p_std": 2.0,
+        "levels": "fixed", "num_levels": 40, "level_distribution": "uniform",
         "source": "teacher", "solver": "heun", "target": "ema", "mu": 0.95, "mu_schedule": "fixed",
         "distance": "lpips", "weighting": "uniform",
     },
     "ct": {
-        "levels": "progressive", "s0": 2, "s1": 150, "level_distribution": "uniform", "p_mean": -1.1, "p_std": 2.0,
+        "levels": "progressive", "s0": 2, "s1": 150, "level_distribution": "uniform",
         "source": "data", "target": "ema", "mu": 0.9, "mu_schedule": "progressive",
         "distance": "lpips", "weighting": "uniform",
     },
@@ -227,7 +227,12 @@ class ConsistencyConfig:
         levels = self.levels or choices["levels"]
         foreign = {name for kind, names in ONLY_FOR_LEVELS.items() if kind != levels for name in names}
         config = dataclasses.replace(self, **{k: v for k, v in choices.items() if k not in foreign})
-        self._check_effect(config)
+        for name in choices.keys() & config._without_effect().keys():
+            setattr(config, name, None)  # of the method, and overridden by something else
+        if config.level_distribution == "lognormal":  # by default Song & Dhariwal's
+            config.p_mean = -1.1 if config.p_mean is None else config.p_mean
+            config.p_std = 2.0 if config.p_std is None else config.p_std
+        config._check_effect()
         config._check_levels()
         if config.source == "teacher" and config.solver is None and config.levels != "continuous":
             raise ValueError("`source='teacher'` needs a `solver`.")
@@ -241,28 +246,33 @@ class ConsistencyConfig:
             raise ValueError("`label_dropout` needs `null_class_label`, the label that stands for 'no class'.")
         return config
 
-    def _check_effect(self, resolved: ConsistencyConfig) -> None:
-        """See that what was set, and not chosen by the method, does something."""
-        rules = (
-            ("mu", resolved.target == "ema", "`target='ema'`"),
-            ("huber_c", resolved.distance == "pseudo_huber", "`distance='pseudo_huber'`"),
-            ("solver", resolved.source == "teacher", "`source='teacher'`"),
-            ("p_mean", resolved.level_distribution == "lognormal", "`level_distribution='lognormal'`"),
-            ("p_std", resolved.level_distribution == "lognormal", "`level_distribution='lognormal'`"),
-            ("first_stage_steps", resolved.truncation is not None, "`truncation`, with which the second stage begins"),
-        )
-        for name, has_effect, needed in rules:
-            if getattr(self, name) is not None and not has_effect:
-                raise ValueError(f"`{name}` needs {needed}.")
-        if resolved.target == "ema" and resolved.mu is None:
+    def _without_effect(self) -> dict[str, str]:
+        """What is set without doing anything, and what it would need."""
+        lognormal = (self.level_distribution == "lognormal", "`level_distribution='lognormal'`")
+        rules = {
+            "mu": (self.target == "ema", "`target='ema'`"),
+            "mu_schedule": (self.target == "ema", "`target='ema'`"),
+            "huber_c": (self.distance == "pseudo_huber", "`distance='pseudo_huber'`"),
+            "solver": (self.source == "teacher", "`source='teacher'`"),
+            "p_mean": lognormal,
+            "p_std": lognormal,
+            "first_stage_steps": (self.truncation is not None, "`truncation`, with which the second stage begins"),
+        }
+        return {name: need for name, (works, need) in rules.items() if not works and getattr(self, name) is not None}
+
+    def _check_effect(self) -> None:
+        """See that everything that is set does something."""
+        for name, needed in self._without_effect().items():
+            raise ValueError(f"`{name}` needs {needed}.")
+        if self.target == "ema" and self.mu is None:
             raise ValueError("`target='ema'` needs `mu`.")
-        if resolved.method == "tcm" and resolved.truncation is None:
+        if self.method == "tcm" and self.truncation is None:
             raise ValueError("`method='tcm'` needs `levels='mapping'`, whose truncation it is.")
-        if resolved.first_stage_steps is not None and resolved.first_stage_steps >= resolved.max_train_steps:
+        if self.first_stage_steps is not None and self.first_stage_steps >= self.max_train_steps:
             raise ValueError("`first_stage_steps` must leave steps for the second stage.")
-        if resolved.flow_map and self.boundary not in (None, "euler"):
+        if self.flow_map and self.boundary not in (None, "euler"):
             raise ValueError(f"`flow_map` has the boundary 'euler', not {self.boundary!r}.")
-        if resolved.flow_map and self.tangent_warmup_steps:
+        if self.flow_map and self.tangent_warmup_steps:
             raise ValueError("`tangent_warmup_steps` has no meaning for a flow map: leave it out.")
 
     def _check_levels(self) -> None:
@@ -275,8 +285,6 @@ class ConsistencyConfig:
             for name in names:
                 if kind != levels and getattr(self, name) is not None:
                     raise ValueError(f"`{name}` is for `levels={kind!r}`, which are {levels!r}.")
-        if self.level_distribution == "lognormal" and (self.p_mean is None or self.p_std is None):
-            raise ValueError("`level_distribution='lognormal'` needs `p_mean` and `p_std`.")
         if self.mu_schedule == "progressive" and (self.s0 is None or levels in ("mapping", "continuous")):
             raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
         if levels == "continuous":

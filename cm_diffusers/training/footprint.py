@@ -41,9 +41,10 @@ class Footprint:
 class Kept:
     """Counts the memory that autograd keeps for the backward pass, each piece once, without the weights."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, *networks: nn.Module) -> None:
+        weights = (weight for network in networks for weight in network.parameters())
         self.bytes = 0
-        self._seen = {own_part(parameter).untyped_storage().data_ptr() for parameter in network.parameters()}
+        self._seen = {own_part(weight).untyped_storage().data_ptr() for weight in weights}
         self._alive: list[Any] = []
 
     @contextmanager

@@ -288,6 +288,12 @@ def test_a_checkpoint_before_its_first_step_leaves_a_companion_as_it_is(tmp_path
     assert torch.equal(*trained)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resolved_config_resolves_to_itself(method):
+    config = ConsistencyConfig(method=method).resolve()
+    assert config.resolve() == config
+
+
 def test_a_method_with_other_levels_drops_what_only_its_own_need():
     config = ConsistencyConfig(method="ect", levels="fixed", num_levels=18).resolve()
     assert (config.levels, config.stages, config.mapping_base) == ("fixed", None, None)

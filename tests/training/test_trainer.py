@@ -191,7 +191,8 @@ def test_ways_to_be_faster_compute_the_same(changes, tmp_path, monkeypatch):
 
     trainer.advance = counted
     torch.testing.assert_close(losses_of(trainer), expected, rtol=1e-4, atol=0)
-    assert trainer.levels.num_levels(7) > trainer.levels.num_levels(0)
+    num_levels = [trainer.phases[-1].describe(step)["num_levels"] for step in (0, 7)]
+    assert num_levels[1] > num_levels[0]
     if "compile" in changes:
         assert 0 < graphs[2] == graphs[-1]  # conversion, and then cd, with all its N
     loaded = ConsistencyPipeline.from_pretrained(tmp_path / "fast")
@@ -549,7 +550,8 @@ def test_the_saved_student_describes_itself(tmp_path):
 @pytest.mark.parametrize("family", ["v", "edm", "flow"])
 def test_few_step_sampling_stays_on_the_levels_of_training(family, tmp_path):
     trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS[family]), num_levels=7)
-    grid = trainer.levels._grid(7)[0]
+    now = trainer.scheduler.config
+    grid = karras_grid(7, now.sigma_min, now.sigma_max)
     for steps in (1, 2, 3, 7):
         trainer.scheduler.set_timesteps(steps)
         assert trainer.scheduler.sigmas[0] == grid[-1]
