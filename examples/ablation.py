@@ -61,8 +61,8 @@ FAILED = "failed"
 
 SETTINGS = {
     "digits": Setting("digits", 8, (32, 64), teacher_steps=1800, teacher_batch=128, sigma_max=20.0, huber_c=0.24),
-    "fashion16": Setting("fashion16", 16, (16, 32, 64), 800, 64, sigma_max=80.0, huber_c=0.48),
-    "fashion28": Setting("fashion28", 28, (16, 32, 64), 800, 64, sigma_max=80.0, huber_c=0.84),
+    "fashion16": Setting("fashion16", 16, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.48),
+    "fashion28": Setting("fashion28", 28, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.84),
 }
 STUDIES = ("methods", "metric", "solver", "num_levels", "mu")
 
@@ -175,11 +175,13 @@ def carry_out(runs: Sequence[Run], results: dict[str, dict[str, Any]], options: 
     ):
         print(f"teacher, seed {seed}: FID {best_of(figures):.3f} at best", flush=True)
         teachers[seed] = figures
-    for run, result in parallel(do_run, [run for run in runs if run.title not in results], options.jobs, place):
+    left = [run for run in runs if run.title not in results]
+    for run, result in parallel(do_run, left, options.jobs, place):
         print(f"{run.name}, seed {run.seed}: {summary(result)}", flush=True)
         results[run.title] = result
         write_report(runs, results, teachers, options.budget)
-    write_report(runs, results, teachers, options.budget)
+    if not left:
+        write_report(runs, results, teachers, options.budget)
 
 
 def do_teacher(task: tuple[Setting, Path, int]) -> tuple[int, list[dict[str, Any]]]:

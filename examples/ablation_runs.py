@@ -304,21 +304,19 @@ def compare(place: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def measure_teacher(setting: Setting, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """FID of the teacher of a seed over solvers and numbers of evaluations, kept beside it."""
+    """FID of the teacher of a seed over solvers and numbers of evaluations, each kept beside it once it is known."""
     file = teacher_folder(folder, seed) / "figures.json"
     teacher, (_, evaluator) = make_teacher(setting, folder, seed), prepare(setting, folder)
     protocol = dataclasses.asdict(evaluator.protocol)
-    if file.exists():
-        found = json.loads(file.read_text())
-        compare(file, found["protocol"], protocol)
-        return found["figures"]
+    found = json.loads(file.read_text()) if file.exists() else {"figures": [], "protocol": protocol}
+    compare(file, found["protocol"], protocol)
+    figures: list[dict[str, Any]] = found["figures"]
     teacher.unet.to(PartialState().device)
     low, high = common_settings(setting)["sigma_min"], setting.sigma_max
-    figures = [
-        {"solver": solver, "nfe": nfe, "fid": fid(evaluator, teacher_sampler(teacher, nfe, solver, low, high))}
-        for solver, nfe in TEACHER_SAMPLERS
-    ]
-    write_whole(file, json.dumps({"figures": figures, "protocol": protocol}, indent=2) + "\n")
+    for solver, nfe in TEACHER_SAMPLERS[len(figures) :]:
+        sampler = teacher_sampler(teacher, nfe, solver, low, high)
+        figures.append({"solver": solver, "nfe": nfe, "fid": fid(evaluator, sampler)})
+        write_whole(file, json.dumps(found, indent=2) + "\n")
     return figures
 
 
