@@ -157,7 +157,6 @@ def plot_steps(
         series = {nfe: values for (of, nfe), values in by_sampler(teachers).items() if of == solver}
         draw_line(axes[0], series, f"teacher, {SOLVERS[solver]}", None, marker)
     axes[0].set_xscale("log", base=2)
-    axes[0].set_xticks(sorted({*NFES, *(nfe for _, nfe in by_sampler(teachers))}))
     axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_xlabel("network evaluations per image")
     finish(figure_, axes, statistics.fmean(map(best_of, teachers.values())), path)
@@ -191,6 +190,7 @@ def finish(figure_: Any, axes: Sequence[Any], teacher: float, path: Path) -> Non
         axis.axhline(teacher, color="black", linewidth=0.8, label="teacher's best")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("FID")
     figure_.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")

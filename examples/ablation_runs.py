@@ -380,16 +380,15 @@ def measure_run(run: Run) -> dict[str, Any]:
 
 
 def measure_curve(trainer: ConsistencyTrainer, evaluator: Evaluator) -> list[dict[str, Any]]:
-    """One-step FID of the averages in each regular checkpoint of the method itself."""
-    pipeline, curve = copy.deepcopy(trainer.pipeline()), []
+    """One-step FID of the averages along the method: in checkpoints that are due, not in those of interruptions."""
+    pipeline, curve, start = copy.deepcopy(trainer.pipeline()), [], method_start(trainer)
     pipeline.set_progress_bar_config(disable=True)
     for folder in sorted(trainer.memory.folder.glob("step-*")):
         step = int(folder.name.removeprefix("step-"))
-        if step > method_start(trainer):
+        if step > start and (step % trainer.config.checkpoint_steps == 0 or step == trainer.step):
             pipeline.unet.load_state_dict(load_file(folder / "ema.safetensors"))
-            passes = total_passes(trainer.config, method_start(trainer), step - method_start(trainer))
-            found = fid(evaluator, student_sampler(pipeline, 1))
-            curve.append({"step": step, "passes": passes, "fid": found})
+            passes = total_passes(trainer.config, start, step - start)
+            curve.append({"step": step, "passes": passes, "fid": fid(evaluator, student_sampler(pipeline, 1))})
     return curve
 
 
