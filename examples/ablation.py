@@ -58,8 +58,9 @@ from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, p
 from processes import parallel
 from small_images import FASHION_MNIST
 
-from cm_diffusers.training.config import METHODS, read_yaml
+from cm_diffusers.training.config import read_yaml
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
+from cm_diffusers.training.methods import METHODS
 
 FAILED = "failed"
 

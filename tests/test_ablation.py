@@ -17,7 +17,7 @@ from processes import parallel
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
 from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.training.config import METHODS
+from cm_diffusers.training.methods import METHODS
 
 TINY = dataclasses.replace(
     ablation.SETTINGS["digits"], channels=(8,), teacher_steps=20, teacher_batch=64, num_images=50

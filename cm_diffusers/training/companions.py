@@ -8,6 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.objectives.adversarial import Discriminator, feature_channels
+from cm_diffusers.training.objectives.weights import LogLoss
+from cm_diffusers.training.teacher import Teacher
+
+LOG_LOSS_RATE, DISCRIMINATOR_RATE = 1e-2, 1e-3
+
 
 class Companion:
     """A network and its optimiser, whole on every process, whatever is done to the student.
@@ -54,3 +61,27 @@ class Companion:
     def zero_grad(self) -> None:
         """Forget the gradient."""
         self.optimizer.zero_grad()
+
+
+def make_companions(
+    config: ConsistencyConfig, teacher: Teacher | None, sigma_range: tuple[float, float], accelerator: Accelerator
+) -> dict[str, Companion]:
+    """What the run trains beside the student, by name.
+
+    Raises:
+        `ValueError`: if a discriminator has no teacher whose features it could see.
+    """
+    companions = {}
+    if config.weighting == "adaptive":
+        companions["log_loss"] = Companion(LogLoss(*sigma_range), accelerator, LOG_LOSS_RATE)
+    if config.adversarial_weight:
+        companions["discriminator"] = Companion(_discriminator(config, teacher), accelerator, DISCRIMINATOR_RATE)
+    return companions
+
+
+def _discriminator(config: ConsistencyConfig, teacher: Teacher | None) -> Discriminator:
+    if teacher is None:
+        raise ValueError("`adversarial_weight` needs a `teacher`, whose features the discriminator sees.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the same on all processes
+        return Discriminator(feature_channels(teacher))

@@ -110,10 +110,11 @@ def make_phases(
 ) -> list[Phase]:
     """The phases of a resolved config; the method itself is the last, or the last two."""
     phases: list[Phase] = []
+    own_rates = (config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
 
-    def add(name: str, objective: Objective, steps: int, **rest: Any) -> None:
-        rates = (config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
-        rates = rest.pop("rates", rates)
+    def add(
+        name: str, objective: Objective, steps: int, rates: tuple[float, str, int] = own_rates, **rest: Any
+    ) -> None:
         start = phases[-1].start + phases[-1].steps if phases else 0
         phases.append(Phase(name, objective, start, steps, *rates, **rest))
 

@@ -37,7 +37,7 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
         unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
         if config.flow_map:
             add_second_time(unet)
-            overrides |= {"boundary": "euler", "family": "edm", "time_scale": STOCK_TIME_SCALE}
+            overrides |= {"family": "edm", "time_scale": STOCK_TIME_SCALE}
         scheduler = ConsistencyScheduler(**overrides)
     else:
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")

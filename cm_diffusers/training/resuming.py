@@ -70,8 +70,7 @@ class Memory:
         folder = checkpoints.checkpoint_path(self.folder, step)
         if folder == self._saved:
             return folder
-        beside = {name: companion.module for name, companion in self.companions.items()}
-        weights = {name: state.whole_weights(network) for name, network in (self.networks | beside).items()}
+        weights = {name: state.whole_weights(network) for name, network in self._all_networks().items()}
         optimizers = {
             name: state.whole_optimizer(network, optimizer) for name, network, optimizer in self._optimizers()
         }
@@ -92,6 +91,9 @@ class Memory:
         on_main(self.accelerator, write_and_prune)
         self._saved = folder
         return folder
+
+    def _all_networks(self) -> dict[str, nn.Module]:
+        return self.networks | {name: companion.module for name, companion in self.companions.items()}
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, Any]]:
         """The name, the network and the optimiser of everything that is trained."""
@@ -115,8 +117,7 @@ class Memory:
             return 0, {}
         folder, saved = found
         is_main, distributed = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        beside = {name: companion.module for name, companion in self.companions.items()}
-        for name, network in (self.networks | beside).items():
+        for name, network in self._all_networks().items():
             state.restore_weights(network, folder / f"{name}.safetensors", is_main, distributed)
         for name, network, optimizer in self._optimizers():
             state.restore_optimizer(network, optimizer, folder, is_main, distributed, name)

@@ -39,7 +39,6 @@ def make_student(
     cut_variance(student)
     if overrides.get("flow_map"):
         add_second_time(student)
-        overrides["boundary"] = "euler"
     if needs_conversion(scheduler) and convert:
         overrides["prediction_type"] = "v_prediction"
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")

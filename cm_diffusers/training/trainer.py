@@ -23,14 +23,12 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints
-from cm_diffusers.training.companions import Companion
+from cm_diffusers.training.companions import make_companions
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.ema import EMA, decay_for_half_life, whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.objectives.adversarial import Discriminator, feature_channels
-from cm_diffusers.training.objectives.weights import LogLoss
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.phases import Networks, Phase, first_stage_steps, make_phases
 from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
@@ -56,7 +54,6 @@ from cm_diffusers.training.tracking import Meter, log_samples, save_samples, sta
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, PARTIAL_STUDENT = "checkpoints", ".student-"
-LOG_LOSS_RATE, DISCRIMINATOR_RATE = 1e-2, 1e-3
 DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
@@ -166,11 +163,7 @@ class ConsistencyTrainer:
     def _make_phases(self) -> list[Phase]:
         """The phases, with what is trained in them beside the student."""
         config, ends = self.config, (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
-        self.companions: dict[str, Companion] = {}
-        if config.weighting == "adaptive":
-            self.companions["log_loss"] = Companion(LogLoss(*ends), self.accelerator, LOG_LOSS_RATE)
-        if config.adversarial_weight:
-            self.companions["discriminator"] = Companion(self._discriminator(), self.accelerator, DISCRIMINATOR_RATE)
+        self.companions = make_companions(config, self.teacher, ends, self.accelerator)
         if self.target_ema is not None:
             self.target_ema.network.train()  # the dropout of the student
         beside = {name: companion.module for name, companion in self.companions.items()}
@@ -179,13 +172,6 @@ class ConsistencyTrainer:
         forward_mode = not (config.compile or is_sharded(self.accelerator))
         networks = Networks(self.student, **averages, **beside, forward_mode=forward_mode)
         return make_phases(config, self.teacher, self.scheduler, networks, self.accelerator.device)
-
-    def _discriminator(self) -> Discriminator:
-        if self.teacher is None:
-            raise ValueError("`adversarial_weight` needs a `teacher`, whose features the discriminator sees.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)  # the same on all processes
-            return Discriminator(feature_channels(self.teacher))
 
     # Training -------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from cm_diffusers.training.config import METHODS, ConsistencyConfig
+from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.methods import METHODS
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 

@@ -12,8 +12,8 @@ from torch import nn
 from cm_diffusers import ConsistencyConfig, ConsistencyScheduler
 from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.training import phases
-from cm_diffusers.training.config import METHODS
 from cm_diffusers.training.ema import EMA
+from cm_diffusers.training.methods import METHODS
 from cm_diffusers.training.objectives.weights import LogLoss
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.schedules import mu_schedule

@@ -19,7 +19,7 @@ from cm_diffusers import (
     ConsistencyTrainer,
 )
 from cm_diffusers.preconditioning import Boundary, Denoiser
-from cm_diffusers.training.config import METHODS
+from cm_diffusers.training.methods import METHODS
 from cm_diffusers.training.randomness import SampleRandom
 
 # LPIPS would look for its weights.

@@ -83,7 +83,7 @@ class PartlyFromData:
 
 def chosen(random: SampleRandom, share: float, images: Tensor) -> Tensor:
     """True for a share of the samples, ready to choose among `images`."""
-    return send(random.uniform() < share, images.device).view(-1, *[1] * (images.ndim - 1))
+    return expand(random.uniform() < share, images).bool()
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ class Piecewise:
     def __call__(self, sample: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
         # Both on the whole batch: shapes that change with the noise levels would be compiled anew every step.
         student, other = (f(sample, sigma, **conditioning) for f in (self.above, self.below))
-        is_above = send(sigma >= self.sigma_boundary, sample.device)
-        return torch.where(is_above.view(-1, *[1] * (sample.ndim - 1)), student, other)
+        return torch.where(expand(sigma >= self.sigma_boundary, sample).bool(), student, other)
 
 
 @dataclass(frozen=True)
