@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from cm_diffusers.commands.options import Parser
 
@@ -76,9 +76,9 @@ def _default(spec: dataclasses.Field[Any]) -> Any:
 
 
 def _kinds(name: str) -> list[Any]:
-    from cm_diffusers.training.config import ConsistencyConfig
+    from cm_diffusers.training.config import field_types
 
-    hint = get_type_hints(ConsistencyConfig)[name]
+    hint = field_types()[name]
     arguments = [kind for kind in get_args(hint) if kind is not type(None)]
     return arguments if type(None) in get_args(hint) else [hint]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,7 +335,7 @@ def coerce(name: str, value: Any) -> Any:
     Raises:
         `ValueError`: if it is not of that type, or not one of the choices.
     """
-    hint = get_type_hints(ConsistencyConfig)[name]
+    hint = field_types()[name]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_optional(hint) else [hint]
     if value is None:
         if _is_optional(hint):
@@ -352,6 +353,12 @@ def coerce(name: str, value: Any) -> Any:
     except (TypeError, ValueError) as error:
         expected = getattr(kind, "__name__", str(kind))
         raise ValueError(f"`{name}` must be of type {expected}, got {value!r}.") from error
+
+
+@functools.cache
+def field_types() -> dict[str, Any]:
+    """Of all fields: they are read from text, which takes its time."""
+    return get_type_hints(ConsistencyConfig)
 
 
 def _is_optional(hint: Any) -> bool:
