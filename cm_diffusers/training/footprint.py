@@ -44,7 +44,7 @@ class Kept:
     def __init__(self, *networks: nn.Module) -> None:
         weights = (weight for network in networks for weight in network.parameters())
         self.bytes = 0
-        self._seen = {own_part(weight).untyped_storage().data_ptr() for weight in weights}
+        self._seen = {_identity(own_part(weight).untyped_storage()) for weight in weights}
         self._alive: list[Any] = []
 
     @contextmanager
@@ -82,11 +82,16 @@ class Kept:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = own_part(tensor).untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._alive.append(storage)  # no other may take its address
+        if _identity(storage) not in self._seen:
+            self._seen.add(_identity(storage))
+            self._alive.append(storage)  # no other may take its identity
             self.bytes += storage.nbytes()
         return tensor
+
+
+def _identity(storage: torch.UntypedStorage) -> int:
+    """Of the storage, not of its memory: FSDP2 frees that of gathered weights, and others then take the address."""
+    return storage._cdata
 
 
 def bytes_of(*networks: nn.Module | None) -> int:
