@@ -49,6 +49,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ def main() -> None:
         carry_out(runs, results, options)
     except ValueError as error:
         parser.error(str(error))
+    except BrokenProcessPool:
+        sys.exit("A process was killed, perhaps for its memory. Start again: the study goes on where it was.")
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"The table is in {runs[0].report_folder / 'report.md'}.")

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,9 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
         tasks (`Sequence`): its arguments.
         jobs (`int`): processes.
         log_folder (`Path`): where each writes what it has to say, but for results.
+
+    Raises:
+        `BrokenProcessPool`: if a process was killed.
     """
     jobs = min(jobs, len(tasks))
     if jobs <= 1:
@@ -32,8 +37,19 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
         return
     log_folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // jobs)
-    with multiprocessing.get_context("spawn").Pool(jobs, start_worker, (threads, log_folder)) as pool:
-        yield from pool.imap_unordered(function, tasks)
+    spawn, left = multiprocessing.get_context("spawn"), iter(tasks)
+    with ProcessPoolExecutor(jobs, spawn, start_worker, (threads, log_folder)) as pool:
+        # One for each process at a time: those that wait in the pool's queue could not be taken back.
+        running = {pool.submit(function, task) for task in islice(left, jobs)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(function, task) for task in islice(left, len(done))}
+                yield from (future.result() for future in done)
+        finally:
+            if running:
+                for process in multiprocessing.active_children():
+                    process.terminate()
 
 
 def start_worker(threads: int, log_folder: Path) -> None:

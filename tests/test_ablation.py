@@ -4,8 +4,12 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import ablation
 import ablation_runs
@@ -276,6 +280,23 @@ def test_results_come_from_several_processes(tmp_path):
     found = parallel(math.sqrt, [4.0, 9.0, 16.0], 2, tmp_path)
     assert sorted(found) == [2.0, 3.0, 4.0]
     assert list(tmp_path.glob("worker-*.log"))
+
+
+def test_a_process_that_is_killed_does_not_let_the_others_wait_for_it(tmp_path, study, monkeypatch):
+    kill = [signal.SIGKILL] * 2
+    with pytest.raises(BrokenProcessPool):
+        list(parallel(signal.raise_signal, kill, 2, tmp_path))
+    monkeypatch.setattr(ablation, "carry_out", lambda *_: list(parallel(signal.raise_signal, kill, 2, tmp_path)))
+    with pytest.raises(SystemExit, match="Start again"):
+        study()
+
+
+def test_processes_end_with_their_caller(tmp_path):
+    found = parallel(os.system, ["true", f"sleep 20; touch {tmp_path}/slept", "true"], 2, tmp_path)
+    assert next(found) == 0
+    found.close()
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "slept").exists()
 
 
 # Figures ------------------------------------------------------------------------------------------------------------

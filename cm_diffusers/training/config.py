@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cm_diffusers.training.methods import METHODS, NEEDED_BY_LEVELS, ONLY_FOR_LEVELS
+from cm_diffusers.training.methods import METHODS, NEEDED_BY_LEVELS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -175,9 +175,7 @@ class ConsistencyConfig:
     def resolve(self) -> ConsistencyConfig:
         """The config with the method's choices filled in, and checked against each other."""
         choices = {name: value for name, value in METHODS[self.method].items() if getattr(self, name) is None}
-        levels = self.levels or choices["levels"]
-        foreign = {name for kind, names in ONLY_FOR_LEVELS.items() if kind != levels for name in names}
-        config = dataclasses.replace(self, **{k: v for k, v in choices.items() if k not in foreign})
+        config = dataclasses.replace(self, **choices)
         for name in choices.keys() & config._without_effect().keys():
             setattr(config, name, None)  # of the method, and overridden by something else
         if config.level_distribution == "lognormal":  # by default Song & Dhariwal's
@@ -201,14 +199,21 @@ class ConsistencyConfig:
 
     def _without_effect(self) -> dict[str, str]:
         """What is set without doing anything, and what it would need."""
-        lognormal = (self.level_distribution == "lognormal", "`level_distribution='lognormal'`")
+
+        def needs(name: str, value: str) -> tuple[bool, str]:
+            return getattr(self, name) == value, f"`{name}={value!r}`"
+
+        growing, grows = self.levels in ("progressive", "doubling"), "`levels='progressive'` or `'doubling'`"
         rules = {
-            "mu": (self.target == "ema", "`target='ema'`"),
-            "mu_schedule": (self.target == "ema", "`target='ema'`"),
-            "huber_c": (self.distance == "pseudo_huber", "`distance='pseudo_huber'`"),
-            "solver": (self.source == "teacher", "`source='teacher'`"),
-            "p_mean": lognormal,
-            "p_std": lognormal,
+            "num_levels": needs("levels", "fixed"),
+            "s0": (growing or self.mu_schedule == "progressive", grows),
+            "s1": (growing, grows),
+            **dict.fromkeys(("stages", "mapping_base", "truncation"), needs("levels", "mapping")),
+            **dict.fromkeys(("flow_map", "tangent_warmup_steps", "derivative"), needs("levels", "continuous")),
+            **dict.fromkeys(("mu", "mu_schedule"), needs("target", "ema")),
+            "huber_c": needs("distance", "pseudo_huber"),
+            "solver": needs("source", "teacher"),
+            **dict.fromkeys(("p_mean", "p_std"), needs("level_distribution", "lognormal")),
             "first_stage_steps": (self.truncation is not None, "`truncation`, with which the second stage begins"),
         }
         return {name: need for name, (works, need) in rules.items() if not works and getattr(self, name) is not None}
@@ -229,15 +234,11 @@ class ConsistencyConfig:
             raise ValueError("`tangent_warmup_steps` has no meaning for a flow map: leave it out.")
 
     def _check_levels(self) -> None:
-        """See that what the levels need is there, and that what is there has a meaning for them."""
+        """See that what the levels need is there, and that it has a meaning for them."""
         levels = self.levels or "fixed"
         for name in NEEDED_BY_LEVELS[levels]:
             if getattr(self, name) is None:
                 raise ValueError(f"`levels={levels!r}` needs `{name}`.")
-        for kind, names in ONLY_FOR_LEVELS.items():
-            for name in names:
-                if kind != levels and getattr(self, name) is not None:
-                    raise ValueError(f"`{name}` is for `levels={kind!r}`, which are {levels!r}.")
         if self.mu_schedule == "progressive" and (self.s0 is None or levels in ("mapping", "continuous")):
             raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
         if levels == "continuous":

@@ -1,4 +1,4 @@
-"""The methods by name: what each chooses, and which choices belong to which kind of noise levels."""
+"""The methods by name: what each chooses, and what their noise levels cannot do without."""
 
 from __future__ import annotations
 
@@ -46,12 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What each kind of levels cannot do without, and what means nothing to the others.
+# What each kind of levels cannot do without.
 NEEDED_BY_LEVELS: dict[str, tuple[str, ...]] = {
     "fixed": ("num_levels",), "progressive": ("s0", "s1"), "doubling": ("s0", "s1"),
     "mapping": ("stages", "mapping_base"), "continuous": (),
 }  # fmt: skip
-ONLY_FOR_LEVELS = {
-    "mapping": ("stages", "mapping_base", "truncation"),
-    "continuous": ("flow_map", "tangent_warmup_steps", "derivative"),
-}

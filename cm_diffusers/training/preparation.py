@@ -89,8 +89,13 @@ def prepare_data(
     low, high = scheduler.config.image_range
     spec = ImageSpec(unet.config.in_channels, height, width, (low, high), config.center_crop, config.random_flip)
     num_classes = unet.config.num_class_embeds
-    if num_classes is None and config.label_column is not None:
-        raise ValueError("`label_column` was given, but the network is not class-conditional.")
+    for name in ("label_column", "null_class_label"):
+        if num_classes is None and getattr(config, name) is not None:
+            raise ValueError(f"`{name}` was given, but the network is not class-conditional.")
+    if config.null_class_label is not None and not 0 <= config.null_class_label < num_classes:
+        raise ValueError(
+            f"`null_class_label` must be one of the network's {num_classes} classes, got {config.null_class_label}."
+        )
     return prepare_dataset(
         dataset, spec, image_column=config.image_column, label_column=config.label_column,
         on_bad_image=config.on_bad_image, num_classes=num_classes,

@@ -107,7 +107,7 @@ def test_scheduler_step_is_the_function_that_was_trained(boundary, tmp_path):
 def test_ct_trains_without_a_teacher(tmp_path):
     unet_config = tmp_path / "unet"
     build_unet().save_config(unet_config)
-    config = make_config(tmp_path / "out", method="ct", unet_config=str(unet_config), s1=10)
+    config = make_config(tmp_path / "out", method="ct", unet_config=str(unet_config), num_levels=None, s1=10)
     pipeline = ConsistencyTrainer(config, train_dataset=IMAGES).train()
     assert pipeline.scheduler.is_stock
 
@@ -116,9 +116,9 @@ def test_ct_trains_without_a_teacher(tmp_path):
     "changes",
     [
         {"distance": "l1"}, {"distance": "l2"}, {"solver": "euler"}, {"target": "student"}, {"mu": 0.0},
-        {"levels": "progressive", "s0": 2, "s1": 20, "mu_schedule": "progressive"},
-        {"levels": "doubling", "s0": 2, "s1": 8}, {"level_distribution": "lognormal"}, {"source": "data"},
-        {"weighting": "uniform"}, {"optimizer": "adamw"}, {"optimizer": "radam", "lr_schedule": "cosine"},
+        {"levels": "progressive", "s0": 2, "s1": 20, "mu_schedule": "progressive", "num_levels": None},
+        {"levels": "doubling", "s0": 2, "s1": 8, "num_levels": None}, {"level_distribution": "lognormal"},
+        {"source": "data"}, {"weighting": "uniform"}, {"optimizer": "adamw"}, {"optimizer": "radam", "lr_schedule": "cosine"},
         {"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": None},
         {"random_flip": True}, {"conversion_steps": 0}, {"num_workers": 1},
     ],
@@ -607,6 +607,11 @@ class TestRefusedBeforeTraining:
     def test_class_conditional_without_labels(self, tmp_path):
         teacher = build_unet(num_class_embeds=3), diffusers.DDPMScheduler()
         self.refuse(tmp_path, "no label", teacher=teacher)
+
+    def test_a_null_class_of_no_classes_or_of_others(self, tmp_path):
+        self.refuse(tmp_path, "not class-conditional", null_class_label=0, label_dropout=0.1)
+        teacher = build_unet(num_class_embeds=3), diffusers.DDPMScheduler()
+        self.refuse(tmp_path, "one of the network's 3 classes, got 3", teacher=teacher, null_class_label=3)
 
     def test_output_that_cannot_be_written(self, tmp_path):
         (tmp_path / "out").write_text("a file")
