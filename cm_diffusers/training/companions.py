@@ -53,7 +53,7 @@ class Companion:
                 gradient.copy_(self.accelerator.reduce(gradient, "mean"))
         optimizer: Any = self.optimizer
         if self.accelerator.scaler is not None:
-            optimizer.grad_scale = self.accelerator.scaler._get_scale_async()
+            self.accelerator.scaler.unscale_(optimizer)  # which also sees an overflow, for the next scale
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         optimizer.found_inf = (bad | ~finite).float()
         optimizer.step()

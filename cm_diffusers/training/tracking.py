@@ -91,9 +91,10 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        # Sums of the finite losses of every bin, and how many there are; sum of the finite norms, and how many.
+        # Sums of the finite losses of every bin, and how many there are; the same of norms, and of each term.
         self._losses = torch.zeros(2, self.num_bins, device=self.accelerator.device)
         self._norms = torch.zeros(2, device=self.accelerator.device)
+        self._terms: dict[str, Tensor] = {}
         self._steps = 0
         self.restart_clock()
 
@@ -105,23 +106,24 @@ class Meter:
         """Take in a micro-step."""
         values = losses.values.detach().float()
         bins = send(torch.bucketize(losses.sigma.float(), self._edges[1:-1]), values.device)
-        finite = values.isfinite()
-        self._losses.index_add_(1, bins, torch.stack([torch.where(finite, values, 0.0), finite.float()]))
+        self._losses.index_add_(1, bins, _countable(values))
+        for name, term in losses.terms.items():
+            self._terms[name] = self._terms.get(name, 0) + _countable(term.detach().float()).sum(1)
 
     def add_step(self, norm: Tensor) -> None:
         """Take in the gradient's norm, at the end of a step."""
-        finite = norm.isfinite()
-        self._norms += torch.stack([torch.where(finite, norm.float(), 0.0), finite.float()])
+        self._norms += _countable(norm.float())
         self._steps += 1
 
     def log(self, phase: str, step: int, values: dict[str, float], bar: tqdm) -> None:
         """Log the means since the last call, and start again. Called by all processes."""
         sums, counts = self.accelerator.reduce(self._losses, "sum").tolist()
-        norm, good_steps = self._norms.tolist()
+        terms = {name: self.accelerator.reduce(sums, "sum").tolist() for name, sums in self._terms.items()}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         everything = {
-            "loss": sum(sums) / sum(counts) if sum(counts) else math.nan,
-            "grad_norm": norm / good_steps if good_steps else math.nan,
+            "loss": _mean(sum(sums), sum(counts)),
+            **{f"loss_of/{name}": _mean(*both) for name, both in terms.items()},
+            "grad_norm": _mean(*self._norms.tolist()),
             "images_per_second": self._steps * self.batch_size / seconds,
             "memory_gib": _memory(self.accelerator.device) / 2**30,
             **values,
@@ -144,6 +146,16 @@ class Meter:
             shown["skipped"] = values["skipped_steps"]
         bar.set_postfix({name: value for name, value in shown.items() if value is not None})
         self._restart()
+
+
+def _countable(values: Tensor) -> Tensor:
+    """The finite values, with 0 for the others, and 1 and 0 to count them."""
+    finite = values.isfinite()
+    return torch.stack([torch.where(finite, values, 0.0), finite.float()])
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _memory(device: torch.device) -> int:

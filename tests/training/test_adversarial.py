@@ -1,5 +1,7 @@
 """What lets a student see real images: the adversarial term, and a part of each batch."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_methods import make_trainer, sample, weights
 
 from cm_diffusers.noise_levels import GridLevels
 from cm_diffusers.training import ConsistencyConfig
+from cm_diffusers.training.companions import Companion
 from cm_diffusers.training.distances import l2
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.adversarial import Adversarial, Discriminator, feature_channels, features
@@ -17,6 +20,7 @@ from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, P
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.solvers import euler_step
 from cm_diffusers.training.teacher import Teacher
+from cm_diffusers.training.tracking import Meter
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -106,6 +110,41 @@ def test_a_run_with_both_terms_resumes_to_the_same_bits(method, tmp_path):
     for name, companion in whole.companions.items():
         assert torch.equal(weights(companion.module), weights(resumed.companions[name].module))
     assert not torch.equal(start, weights(whole.companions["discriminator"].module))
+
+
+def test_its_losses_are_logged_apart():
+    logged = {}
+    accelerator = SimpleNamespace(
+        device=IMAGES.device, reduce=lambda tensor, _: tensor, log=lambda values, step: logged.update(values)
+    )
+    losses = Losses(torch.ones(2), torch.ones(2), IMAGES, {"discriminator": torch.tensor([1.0, 3.0])})
+    infinite = losses._replace(terms={"discriminator": torch.tensor([torch.inf, 8.0])})
+    meter = Meter(accelerator, batch_size=2, sigma_range=(0.02, 80.0))
+    for found in (losses, infinite):
+        meter.add_losses(found)
+        meter.add_step(torch.ones(()))
+    meter.log("cd", 2, {"lr": 0.1}, SimpleNamespace(set_postfix=lambda _: None))
+    assert (logged["cd/loss"], logged["cd/loss_of/discriminator"]) == (1.0, 4.0)
+
+    objective, _ = adversarial(weight=2.0)
+    found = objective.losses(IMAGES, 0, random())
+    parts = found.terms
+    torch.testing.assert_close(found.values, parts["method"] + 2 * parts["adversarial"] + parts["discriminator"])
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_head_under_a_loss_scale_steps_or_halves_it(overflows):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    head = torch.nn.Linear(1, 1, bias=False)
+    companion = Companion(head, SimpleNamespace(device=IMAGES.device, scaler=scaler, num_processes=1), 1e-3)
+    before = weights(head).clone()
+    scaler.scale(head(torch.ones(1, 1)).sum()).backward()
+    if overflows:
+        head.weight.grad *= torch.inf
+    companion.step(torch.tensor(False))
+    scaler.update()
+    assert scaler.get_scale() == (512.0 if overflows else 1024.0)
+    torch.testing.assert_close(weights(head), before - (0.0 if overflows else 1e-3))  # Adam's first step is its rate
 
 
 # Real data -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -13,12 +14,14 @@ class Losses(NamedTuple):
     """The weighted loss of every sample, the noise level it was taken at, and what was predicted there.
 
     `values`, with its graph, has the shape `(batch,)` in float32 on the device of the images; `sigma` the same shape,
-    on the CPU; `denoised`, with its graph, is the student's clean image, of the shape of the images.
+    on the CPU; `denoised`, with its graph, is the student's clean image, of the shape of the images. `terms` are what
+    else is worth a look, by name and of the shape of `values`: they are logged.
     """
 
     values: Tensor
     sigma: Tensor
     denoised: Tensor
+    terms: Mapping[str, Tensor] = {}
 
 
 class Objective(Protocol):

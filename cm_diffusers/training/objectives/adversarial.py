@@ -115,5 +115,7 @@ class Adversarial:
         generated = seen(found.denoised)
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         fooled: Tensor = torch.func.functional_call(self.discriminator, frozen, (generated,))
-        told_apart = F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(generated.detach()))
-        return found._replace(values=found.values + self.weight * F.softplus(-fooled) + told_apart)
+        fooling = F.softplus(-fooled)
+        telling = F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(generated.detach()))
+        terms = {**found.terms, "method": found.values, "adversarial": fooling, "discriminator": telling}
+        return found._replace(values=found.values + self.weight * fooling + telling, terms=terms)

@@ -58,4 +58,5 @@ class AdaptivelyWeighted:
     def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
         found = self.objective.losses(images, step, random, **conditioning)
         estimate = self.log_loss(send(found.sigma, images.device))
-        return found._replace(values=found.values * torch.exp(-estimate) + estimate)
+        weighted = found.values * torch.exp(-estimate) + estimate
+        return found._replace(values=weighted, terms={**found.terms, "unweighted": found.values})
