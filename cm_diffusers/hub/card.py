@@ -89,7 +89,7 @@ class Student:
         report = Report.load(path)
         if self._is_measured_by(report):
             return report
-        logger.warning("%s is of other weights, precision or noise levels, and left out: evaluate the student anew.", path)
+        logger.warning("%s is of other weights, precision or noise levels, and left out: evaluate anew.", path)
         return None
 
     def _is_measured_by(self, report: Report) -> bool:
