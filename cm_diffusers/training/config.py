@@ -57,7 +57,9 @@ class ConsistencyConfig:
     conversion_steps: int | None = _option(
         None, "steps of regression from epsilon to v prediction; 0: off; by default a tenth of the steps when needed"
     )
-    conversion_learning_rate: float = _option(3e-4, "peak learning rate of the conversion, which decays to 0")
+    conversion_learning_rate: float | None = _option(
+        None, "peak learning rate of the conversion, which decays to 0; by default three times that of `learning_rate`"
+    )
     few_step_sigmas: dict[str, list[float]] | None = _option(
         None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"
     )
@@ -121,7 +123,9 @@ class ConsistencyConfig:
     batch_size: int = _option(64, "images per device and micro-step")
     gradient_accumulation_steps: int = _option(1, "micro-steps per step")
     optimizer: Literal["radam", "adam", "adamw"] = _option("radam", "optimiser")
-    learning_rate: float = _option(1e-4, "peak learning rate")
+    learning_rate: float | None = _option(
+        None, "peak learning rate; by default 0.0256 / channels of the UNet where it is widest, 1e-3 at most"
+    )
     lr_schedule: Literal["constant", "cosine", "linear"] = _option("constant", "what follows the warm-up")
     lr_warmup_steps: int = _option(0, "steps of linear warm-up")
     adam_betas: list[float] = _option([0.9, 0.999], "decay rates of the optimiser's moments")

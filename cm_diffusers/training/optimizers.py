@@ -16,12 +16,11 @@ NO_ADAPTATION = 1e8
 
 
 def make_optimizer(config: ConsistencyConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Adam in one of its forms, fused. RAdam is Adam, too, under the schedule of [`set_learning_rate`]."""
+    """Adam in one of its forms, fused. RAdam is, too, under [`set_learning_rate`], which sets every step's rate."""
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     betas = (config.adam_betas[0], config.adam_betas[1])
     return kind(
         network.parameters(),
-        lr=config.learning_rate,
         betas=betas,
         eps=EPS,
         weight_decay=config.weight_decay,

@@ -108,8 +108,9 @@ def make_phases(
     networks: Networks,
     device: torch.device,
 ) -> list[Phase]:
-    """The phases of a resolved config; the method itself is the last, or the last two."""
+    """The phases of a resolved config with learning rates; the method itself is the last, or the last two."""
     phases: list[Phase] = []
+    assert config.learning_rate is not None
     own_rates = (config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
 
     def add(
@@ -120,6 +121,7 @@ def make_phases(
 
     steps = conversion_steps(config, teacher, scheduler)
     if steps and teacher is not None:
+        assert config.conversion_learning_rate is not None
         now = scheduler.config
         own = Denoiser(networks.student, scheduler.preconditioning)
         conversion = ConversionObjective(

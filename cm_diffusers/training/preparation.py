@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.data import load_image_dataset, prepare_dataset
 from cm_diffusers.training.images import ImageSpec
-from cm_diffusers.training.schedules import grid_length
+from cm_diffusers.training.schedules import default_learning_rate, grid_length
 from cm_diffusers.training.student import add_second_time, make_student
 from cm_diffusers.training.teacher import Teacher
 
@@ -63,6 +64,15 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
     if now.few_step_sigmas is None and now.sigma_min < second < now.sigma_max:
         changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
     return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
+
+
+def with_learning_rates(config: ConsistencyConfig, unet: Any) -> ConsistencyConfig:
+    """The config with the learning rates that it leaves open, after the student's width."""
+    rate = default_learning_rate(max(unet.config.block_out_channels))
+    return dataclasses.replace(
+        config, learning_rate=config.learning_rate or rate,
+        conversion_learning_rate=config.conversion_learning_rate or 3 * rate,
+    )  # fmt: skip
 
 
 def prepare_data(

@@ -21,6 +21,19 @@ from cm_diffusers.noise_levels import (
 from cm_diffusers.training.config import ConsistencyConfig
 
 
+def default_learning_rate(channels: int) -> float:
+    """A peak rate for Adam that moves networks of every width alike: 1e-4 at 256 channels, 1e-3 at most.
+
+    Adam moves each weight by as much as the rate says, so what a layer gives changes with the rate times the number of
+    its inputs (Yang et al. 2022). At 256 channels consistency models are trained with 1e-4 (Song & Dhariwal 2023, Geng
+    et al. 2024), at 768 and 1024 with 1e-5 (Song et al. 2023).
+
+    Args:
+        channels (`int`): of the network where it is widest.
+    """
+    return min(1e-4 * 256 / channels, 1e-3)
+
+
 def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int = 0) -> float:
     """The learning rate of step 0, 1, ...: a linear warm-up, then constant, or a linear or cosine way down to 0.
 

@@ -31,7 +31,7 @@ from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.phases import Networks, Phase, first_stage_steps, make_phases
-from cm_diffusers.training.preparation import identify, prepare_data, prepare_student
+from cm_diffusers.training.preparation import identify, prepare_data, prepare_student, with_learning_rates
 from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
@@ -92,6 +92,7 @@ class ConsistencyTrainer:
 
         self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
         unet, self.scheduler = prepare_student(config, self.teacher)
+        self.config = config = with_learning_rates(config, unet)
         self._check_steps()
         self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator)
         self.dataset_identity = identify(self.dataset)

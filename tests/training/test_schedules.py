@@ -3,7 +3,12 @@ import torch
 
 from cm_diffusers.training import ConsistencyConfig
 from cm_diffusers.training.ema import decay_for_half_life
-from cm_diffusers.training.schedules import grid_length, learning_rate, make_levels, mu_schedule
+from cm_diffusers.training.schedules import default_learning_rate, grid_length, learning_rate, make_levels, mu_schedule
+
+
+def test_wider_networks_learn_at_a_lower_rate():
+    rates = [default_learning_rate(channels) for channels in (8, 32, 256, 1024)]
+    assert rates == pytest.approx([1e-3, 8e-4, 1e-4, 2.5e-5])
 
 
 def test_learning_rate_warms_up_to_its_peak():

@@ -334,9 +334,18 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path):
     assert resumed.step == 6
 
 
+def test_the_rates_follow_the_width_unless_they_are_given(tmp_path):
+    teacher = build_unet(block_out_channels=(64,)), diffusers.DDPMScheduler()
+    trainer = make_trainer(tmp_path, teacher)
+    assert [phase.learning_rate for phase in trainer.phases] == pytest.approx([1.2e-3, 4e-4])
+    assert trainer.config.learning_rate == pytest.approx(4e-4)
+    trainer = make_trainer(tmp_path, learning_rate=1e-5, conversion_learning_rate=1e-2)
+    assert [phase.learning_rate for phase in trainer.phases] == [1e-2, 1e-5]
+
+
 def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
     make_trainer(tmp_path, checkpoint_steps=2).train()
-    with pytest.raises(ValueError, match="learning_rate was 0.0001 and is 0.5"):
+    with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.5"):
         make_trainer(tmp_path, checkpoint_steps=2, resume="auto", learning_rate=0.5).train()
 
 
