@@ -203,11 +203,9 @@ def changed(config: ConsistencyConfig, **values: Any) -> ConsistencyConfig:
 
 
 def common_settings(setting: Setting) -> dict[str, Any]:
-    """What all runs on a dataset have in common unless they say otherwise."""
+    """What all runs on a dataset have in common unless they say otherwise; the rest are the package's defaults."""
     return {
-        "sigma_min": 0.02, "sigma_max": setting.sigma_max, "batch_size": 64, "conversion_learning_rate": 1e-3,
-        "optimizer": "adam", "adam_betas": [0.9, 0.99], "learning_rate": 1e-3, "lr_schedule": "cosine",
-        "lr_warmup_steps": 50, "ema_half_life": 10_000, "ema_rampup": 0.1, "sample_steps": 0, "num_samples": 64,
+        "sigma_min": 0.02, "sigma_max": setting.sigma_max, "batch_size": 64, "sample_steps": 0, "num_samples": 64,
         "teacher_check": False, "resume": "auto", "tracker": "none", "checkpoint_limit": 1000,
     }  # fmt: skip
 

@@ -126,7 +126,7 @@ class ConsistencyConfig:
     learning_rate: float | None = _option(
         None, "peak learning rate; by default 0.0256 / channels of the UNet where it is widest, 1e-3 at most"
     )
-    lr_schedule: Literal["constant", "cosine", "linear"] = _option("constant", "what follows the warm-up")
+    lr_schedule: Literal["constant", "cosine", "linear"] = _option("cosine", "what follows the warm-up")
     lr_warmup_steps: int = _option(0, "steps of linear warm-up")
     adam_betas: list[float] = _option([0.9, 0.999], "decay rates of the optimiser's moments")
     weight_decay: float = _option(0.0, "decoupled for adamw")
