@@ -80,7 +80,9 @@ class ConsistencyConfig:
     solver: Literal["euler", "heun"] | None = _option(None, "the teacher's ODE step")
     target: Literal["ema", "student"] | None = _option(None, "which weights answer at the lower point")
     mu: float | None = _option(None, "decay of the target EMA per step (mu0 for the progressive schedule); 0 is none")
-    mu_schedule: Literal["fixed", "progressive"] | None = _option(None, "whether mu follows N(k)")
+    mu_schedule: Literal["fixed", "progressive"] | None = _option(
+        None, "progressive: mu follows N(k), and the length of runs below 800,000 steps"
+    )
     distance: Literal["l1", "l2", "lpips", "pseudo_huber"] | None = _option(None, "distance between two images")
     huber_c: float | None = _option(None, "constant of the pseudo-Huber distance; by default 0.00054 * sqrt(d)")
     weighting: Literal["uniform", "inverse_gap", "adaptive"] | None = _option(

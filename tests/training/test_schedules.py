@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -25,13 +27,22 @@ def test_learning_rate_schedules(schedule, half):
 
 
 def test_ct_follows_the_papers_curriculum():
-    config = ConsistencyConfig(method="ct", max_train_steps=1000, distance="l2").resolve()
+    config = ConsistencyConfig(method="ct", max_train_steps=800_000, distance="l2").resolve()
     levels = make_levels(config, config.max_train_steps, 0.002, 80.0, 7.0)
     mu = mu_schedule(config)
     assert levels.num_levels(0) == 2
-    assert levels.num_levels(1000) == 151
+    assert levels.num_levels(800_000) == 151
     assert mu(0) == pytest.approx(0.9 ** (2 / 2))
-    assert mu(1000) == pytest.approx(0.9 ** (2 / 151))
+    assert mu(800_000) == pytest.approx(0.9 ** (2 / 151))
+
+
+def test_the_target_of_a_shorter_run_remembers_the_same_share_of_it():
+    def steps_remembered(steps):
+        config = ConsistencyConfig(method="ct", max_train_steps=steps, distance="l2").resolve()
+        return -1 / math.log(mu_schedule(config)(steps))
+
+    assert steps_remembered(800_000) == pytest.approx(steps_remembered(3_200_000)) == pytest.approx(716, rel=0.01)
+    assert steps_remembered(8_000) == pytest.approx(7.16, rel=0.01)
 
 
 def test_cd_keeps_its_levels_and_mu():
