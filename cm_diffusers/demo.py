@@ -62,7 +62,7 @@ def build_demo(student: ConsistencyPipeline, teacher: Teacher | None = None) -> 
     except ImportError as error:
         raise ImportError("The demo needs gradio: pip install gradio") from error
     _check_models(student, teacher)
-    classes = _classes(student)
+    classes = student.classes
     most_steps = min(MOST_STEPS, student.scheduler.grid_length)
     with gradio.Blocks(title="Consistency model") as page:
         gradio.Markdown("# Consistency model\nOne network evaluation makes an image; a few make a better one.")
@@ -157,12 +157,8 @@ def _check_models(student: ConsistencyPipeline, teacher: Teacher | None) -> None
     for name, config in configs.items():
         if getattr(config, "sample_size", None) is None:
             raise ValueError(f"The config of the {name}'s UNet has no `sample_size`, so what size to draw is unknown.")
-    if teacher is not None and len(_classes(student)) > (configs["teacher"].num_class_embeds or 0):
+    if teacher is not None and len(student.classes) > (configs["teacher"].num_class_embeds or 0):
         raise ValueError("The student has classes that the teacher has not.")
-
-
-def _classes(student: ConsistencyPipeline) -> list[int]:
-    return [n for n in range(student.unet.config.num_class_embeds or 0) if n != student.config.null_class_label]
 
 
 def draw_images(sampler: Sampler, seeds: Sequence[int]) -> list[Image.Image]:

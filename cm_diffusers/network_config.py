@@ -37,6 +37,11 @@ def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def class_labels(network_config: Any, null_class_label: int | None = None) -> list[int]:
+    """The labels of a network's classes, without the one that stands for 'no class'; none if it is unconditional."""
+    return [label for label in range(network_config.num_class_embeds or 0) if label != null_class_label]
+
+
 def describe_network(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of [`ConsistencyScheduler`]'s config that describe a network, read from any diffusers scheduler's.
 

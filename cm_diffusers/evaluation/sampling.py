@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.evaluation.digests import model_digest
-from cm_diffusers.network_config import height_and_width
+from cm_diffusers.network_config import class_labels, height_and_width
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import GuidedDenoiser
-from cm_diffusers.training.randomness import generators
+from cm_diffusers.training.randomness import generators, labels_in_turn
 from cm_diffusers.training.solvers import SOLVERS, integrate
 from cm_diffusers.training.teacher import Teacher
 
@@ -65,8 +65,7 @@ def student_sampler(
     pipeline.scheduler.set_timesteps(nfe)
 
     def draw(seeds: Sequence[int]) -> Tensor:
-        null = pipeline.config.null_class_label
-        labels = class_labels(pipeline.unet.config.num_class_embeds, null, seeds, class_label)
+        labels = labels_in_turn(pipeline.classes, seeds, class_label)
         images = pipeline(
             batch_size=len(seeds), class_labels=labels, num_inference_steps=nfe, guidance_scale=guidance_scale,
             generator=generators(seeds), output_type="pt",
@@ -119,7 +118,7 @@ def teacher_sampler(
         weight = next(teacher.unet.parameters())
         noise = torch.stack([torch.randn(config.in_channels, *size, generator=g) for g in generators(seeds)])
         sample = noise.to(weight.device) * sigmas[0].to(noise)
-        labels = class_labels(config.num_class_embeds, null_class_label, seeds, class_label)
+        labels = labels_in_turn(class_labels(config, null_class_label), seeds, class_label)
         conditioning = {} if labels is None else {"class_labels": torch.tensor(labels, device=weight.device)}
         return eight_bits(
             integrate(denoise, sample, sigmas, SOLVERS[solver], **conditioning), teacher.preconditioning.image_range
@@ -134,18 +133,6 @@ def _extras(guidance_scale: float, class_label: int | None) -> str:
     """What a sampler's description says only where it is out of the ordinary."""
     guidance = f", guidance {guidance_scale:g}" if guidance_scale != 1 else ""
     return guidance + (f", class {class_label}" if class_label is not None else "")
-
-
-def class_labels(
-    num_classes: int | None, null_class_label: int | None, seeds: Sequence[int], only: int | None = None
-) -> list[int] | None:
-    """Classes in turn, so that all have the same share, without the one that stands for none; or `only` one."""
-    if num_classes is None:
-        return None
-    if only is not None:
-        return [only] * len(seeds)
-    classes = [label for label in range(num_classes) if label != null_class_label]
-    return [classes[seed % len(classes)] for seed in seeds]
 
 
 def eight_bits(images: Tensor, value_range: tuple[float, float]) -> Tensor:

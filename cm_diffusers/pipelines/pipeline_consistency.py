@@ -16,6 +16,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from cm_diffusers.network_config import class_labels
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.preconditioning import network_output
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
@@ -233,6 +234,11 @@ class ConsistencyPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
+    @property
+    def classes(self) -> list[int]:
+        """The labels that stand for a class; none of an unconditional model."""
+        return class_labels(self.unet.config, self.config.null_class_label)
+
     def prepare_class_labels(
         self,
         batch_size: int,
@@ -247,7 +253,7 @@ class ConsistencyPipeline(DiffusionPipeline):
                 raise ValueError("`class_labels` were passed, but the model is not class-conditional.")
             return None
         if class_labels is None:
-            return self._draw_labels(batch_size, num_classes, generator).to(device)
+            return self._draw_labels(batch_size, generator).to(device)
         labels = torch.as_tensor(class_labels).reshape(-1)
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"`class_labels` must be integers, got {labels.dtype}.")
@@ -257,15 +263,13 @@ class ConsistencyPipeline(DiffusionPipeline):
             raise ValueError(f"`class_labels` must lie in [0, {num_classes}), got {labels.tolist()}.")
         return labels.expand(batch_size).to(device)
 
-    def _draw_labels(self, batch_size: int, num_classes: int, generator: Any) -> Tensor:
-        if self.config.null_class_label == num_classes - 1:
-            num_classes -= 1
+    def _draw_labels(self, batch_size: int, generator: Any) -> Tensor:
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
         if isinstance(generator, list):
-            return torch.cat([self._draw_labels(1, num_classes, g).cpu() for g in generator])
-        device = generator.device if generator is not None else "cpu"
-        return torch.randint(num_classes, (batch_size,), generator=generator, device=device)
+            return torch.cat([self._draw_labels(1, g).cpu() for g in generator])
+        classes = torch.tensor(self.classes, device=generator.device if generator is not None else "cpu")
+        return classes[torch.randint(len(classes), (batch_size,), generator=generator, device=classes.device)]
 
     def postprocess(self, latents: Tensor, output_type: str | None) -> Any:
         """From the model's range of values to images."""

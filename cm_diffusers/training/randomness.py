@@ -67,3 +67,10 @@ class SampleRandom:
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One for each image, on the CPU: the same noise on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def labels_in_turn(classes: Sequence[int], seeds: Sequence[int], only: int | None = None) -> list[int] | None:
+    """The class of each image: all in turn, in equal shares, or `only` one; `None` without classes."""
+    if not classes:
+        return None
+    return [classes[seed % len(classes)] if only is None else only for seed in seeds]

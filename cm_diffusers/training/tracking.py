@@ -24,7 +24,7 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.randomness import generators
+from cm_diffusers.training.randomness import generators, labels_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -191,28 +191,19 @@ def save_samples(pipeline: ConsistencyPipeline, config: ConsistencyConfig, file:
 
 def _draw(pipeline: ConsistencyPipeline, config: ConsistencyConfig, indices: range, nfe: int) -> list[np.ndarray]:
     """The images of some of the indices, no more at once than a step trains on."""
-    labels, drawn = _labels(pipeline, config.num_samples), []
+    drawn = []
     for start in range(0, len(indices), config.batch_size):
         part = indices[start : start + config.batch_size]
         drawn += list(
             pipeline(
                 batch_size=len(part),
-                class_labels=None if labels is None else [labels[index] for index in part],
+                class_labels=labels_in_turn(pipeline.classes, part),
                 num_inference_steps=nfe,
                 generator=generators(part),
                 output_type="np",
             ).images
         )
     return drawn
-
-
-def _labels(pipeline: ConsistencyPipeline, count: int) -> list[int] | None:
-    classes = pipeline.unet.config.num_class_embeds
-    if classes is None:
-        return None
-    if pipeline.config.null_class_label == classes - 1:
-        classes -= 1
-    return [index % classes for index in range(count)]
 
 
 def _log_images(accelerator: Accelerator, name: str, images: np.ndarray, step: int) -> None:

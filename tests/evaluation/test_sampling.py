@@ -5,8 +5,10 @@ from conftest import build_unet
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.evaluation import student_sampler, teacher_sampler
-from cm_diffusers.evaluation.sampling import class_labels, eight_bits
+from cm_diffusers.evaluation.sampling import eight_bits
+from cm_diffusers.network_config import class_labels
 from cm_diffusers.noise_levels import karras_grid
+from cm_diffusers.training.randomness import labels_in_turn
 from cm_diffusers.training.solvers import integrate
 from cm_diffusers.training.teacher import Teacher
 
@@ -109,8 +111,11 @@ def test_what_a_teacher_cannot_do_is_refused(arguments, message):
 
 
 def test_classes_take_turns_without_the_null_class():
-    assert class_labels(None, None, range(3)) is None
-    assert class_labels(4, 1, range(5)) == [0, 2, 3, 0, 2]
+    assert class_labels(build_unet().config) == []
+    classes = class_labels(build_unet(num_class_embeds=4).config, 1)
+    assert labels_in_turn(classes, range(5)) == [0, 2, 3, 0, 2]
+    assert labels_in_turn(classes, range(2), only=3) == [3, 3]
+    assert labels_in_turn([], range(3)) is None
 
 
 def test_eight_bits_round_and_clip():

@@ -293,10 +293,12 @@ def test_random_labels_depend_on_the_generator_alone(class_unet: UNet2DModel) ->
     assert set(seen[0]) == set(range(5))
 
 
-def test_random_labels_leave_out_the_null_class(class_unet: UNet2DModel) -> None:
+@pytest.mark.parametrize("null", [1, 4])
+def test_random_labels_leave_out_the_null_class(null: int, class_unet: UNet2DModel) -> None:
     seen = labels_seen(class_unet)
-    images_of(vp_pipeline(class_unet, null_class_label=4), batch_size=64)
-    assert set(seen[0]) == set(range(4))
+    pipe = vp_pipeline(class_unet, null_class_label=null)
+    images_of(pipe, batch_size=64)
+    assert set(seen[0]) == set(pipe.classes) == set(range(5)) - {null}
 
 
 @pytest.mark.parametrize(
