@@ -54,8 +54,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablation_budget import passes_text
 from ablation_report import best_of, write_report
-from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, passes_text, plan, prepare, read_result
+from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, plan, prepare, read_result
 from processes import parallel
 from small_images import FASHION_MNIST
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_runs import NFES, OK, Run, Setting, passes_text, prepare
+from ablation_budget import passes_text
+from ablation_runs import NFES, OK, Run, Setting, prepare
 
 from cm_diffusers.evaluation.results import write_whole
 
@@ -64,10 +65,11 @@ def report_text(
         f"# {runs[0].study}, {setting.name}", "",
         f"Every run has the compute of {budget:g} trainings of the teacher: {budget * setting.teacher_passes:,.0f} "
         "forward passes of one image. Seconds are of training alone.",
-        f"FID of {protocol}: mean ± standard deviation over {len(seeds)} seed(s), teachers and students alike.", "",
-        table(["run", "passes a step", "steps", *(f"FID, {nfe} step{'s' * (nfe > 1)}" for nfe in NFES), "seconds",
-               "levels of 2 and 4 steps", "remarks"],
-              [run_row(run, groups[run.name], seeds) for run in runs if run.seed == runs[0].seed]), "",
+        f"FID of {protocol}: mean ± standard deviation over {len(seeds)} seed(s), teachers and students alike. "
+        f"Ratios, in {', '.join(map(str, NFES))} steps, are to the best of each seed's own teacher.", "",
+        table(["run", "passes a step", "steps", *(f"FID, {nfe} step{'s' * (nfe > 1)}" for nfe in NFES),
+               "over teacher's best", "seconds", "levels of 2 and 4 steps", "remarks"],
+              [run_row(run, groups[run.name], teachers, seeds) for run in runs if run.seed == runs[0].seed]), "",
         table(["teacher", "evaluations", "FID"], teacher_rows(teachers)), "",
         "The best of each seed's teacher: " + figure([best_of(figures) for figures in teachers.values()]) + ".", "",
         "![FID over training](training.png)", "", "![FID over sampling steps](steps.png)", "",
@@ -79,21 +81,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def run_row(run: Run, found: Mapping[int, dict[str, Any]], seeds: Sequence[int]) -> list[str]:
+def run_row(
+    run: Run, found: Mapping[int, dict[str, Any]], teachers: Mapping[int, list[dict[str, Any]]], seeds: Sequence[int]
+) -> list[str]:
     config = run.config
     levels = config.few_step_sigmas or {}
-    figures = [figure(final_figures(found, nfe)) for nfe in NFES]
+    figures = [figure(list(final_figures(found, nfe).values())) for nfe in NFES]
+    ratios = [ratio_to_teacher(final_figures(found, nfe), teachers) for nfe in NFES]
     seconds = figure([result["seconds"] for result in found.values() if "seconds" in result], "{:.0f}")
     shown = "; ".join(", ".join(f"{sigma:.3g}" for sigma in levels[nfe]) for nfe in ("2", "4") if nfe in levels)
     return [
-        run.name, passes_text(config), f"{config.max_train_steps:,}", *figures, seconds, shown or "-",
-        remarks(found, seeds),
+        run.name, passes_text(config), f"{config.max_train_steps:,}", *figures, ", ".join(ratios), seconds,
+        shown or "-", remarks(found, seeds),
     ]  # fmt: skip
 
 
-def final_figures(found: Mapping[int, dict[str, Any]], nfe: int) -> list[float]:
+def final_figures(found: Mapping[int, dict[str, Any]], nfe: int) -> dict[int, float]:
     """The FID of each seed that has one."""
-    return [fid for result in found.values() if (fid := result["fid"].get(str(nfe))) is not None]
+    return {seed: fid for seed, result in found.items() if (fid := result["fid"].get(str(nfe))) is not None}
+
+
+def ratio_to_teacher(figures: Mapping[int, float], teachers: Mapping[int, list[dict[str, Any]]]) -> str:
+    """The mean ratio of students' figures to the best of their own teachers, as teachers differ from seed to seed."""
+    ratios = [fid / best_of(teachers[seed]) for seed, fid in figures.items()]
+    return f"{statistics.fmean(ratios):.2f} ×" if ratios else "-"
 
 
 def figure(values: Sequence[float], form: str = "{:.3f}") -> str:
@@ -152,7 +163,8 @@ def plot_steps(
     """FID over the number of evaluations, of students and teachers; means with their range."""
     figure_, axes = new_figure(1)
     for place, (name, found) in enumerate(groups.items()):
-        draw_line(axes[0], {nfe: values for nfe in NFES if (values := final_figures(found, nfe))}, name, place)
+        series = {nfe: list(values.values()) for nfe in NFES if (values := final_figures(found, nfe))}
+        draw_line(axes[0], series, name, place)
     for solver, marker in (("euler", "s"), ("heun", "D")):
         series = {nfe: values for (of, nfe), values in by_sampler(teachers).items() if of == solver}
         draw_line(axes[0], series, f"teacher, {SOLVERS[solver]}", None, marker)

@@ -1,4 +1,4 @@
-"""The runs of an ablation: what each may spend, how it is trained, and what is measured of it."""
+"""The runs of an ablation: how long each may take, how it is trained, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from ablation_budget import GRADIENT_PASSES, total_passes
 from accelerate import PartialState
 from safetensors.torch import load_file
 from small_images import FASHION_MNIST, load_digits, load_fashion_mnist, make_unet, train_teacher
@@ -28,7 +29,7 @@ from cm_diffusers.evaluation.classifier import CONFIG, DomainClassifier
 from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import eight_bits, student_sampler, teacher_sampler
 from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.training.phases import conversion_steps, first_stage_steps
+from cm_diffusers.training.phases import conversion_steps
 from cm_diffusers.training.preparation import prepare_student
 from cm_diffusers.training.teacher import Teacher, load_teacher
 
@@ -36,7 +37,6 @@ OK, DIVERGED, NOT_FINITE = "ok", "diverged", "not finite"
 NFES = (1, 2, 4)
 CURVE_POINTS = 6  # of a run's training at which the student is measured
 TEACHER_SAMPLERS = (("euler", 20), ("heun", 11), ("heun", 23), ("heun", 35))
-GRADIENT_PASSES = 3  # a pass forward and its gradient, which costs two more
 FIXED = frozenset(
     "teacher dataset output_dir seed resume max_train_steps checkpoint_steps checkpoint_limit eval_steps push_to_hub "
     "tracker".split()
@@ -106,48 +106,7 @@ class Run:
         return self.report_folder / "results" / f"{self.title}.json"
 
 
-# What a run costs, and how many steps it may take -------------------------------------------------------------------
-
-
-def step_passes(config: ConsistencyConfig, step: int = 0) -> int:
-    """Forward passes of one image that a step of a resolved config's method is worth.
-
-    - 3 for the student with its gradient;
-    - 1 for the target without; 2 for the derivative that takes its place in continuous time, and in a second stage,
-      where the first one's student answers, too;
-    - with `source: teacher`, 1 for an Euler step of the teacher and 2 for one of Heun's, both twice if it is guided;
-    - with an adversarial term, 1 for the teacher's features of real images, and 2 for those of the student's, with
-      their gradient by the images.
-
-    Distances and optimiser are not counted; LPIPS, whose VGG is larger than small students, shows in the seconds.
-
-    Args:
-        step (`int`): counted from the method's first.
-    """
-    target = 2 if config.levels == "continuous" or step >= first_stage_steps(config) else 1
-    teacher = 0
-    if config.source == "teacher":
-        teacher = (2 if config.solver == "heun" else 1) * (2 if config.guidance_scale != 1 else 1)
-    return GRADIENT_PASSES + target + teacher + (3 if config.adversarial_weight else 0)
-
-
-def passes_text(config: ConsistencyConfig) -> str:
-    """The passes of a step, as the table has them."""
-    first = first_stage_steps(config)
-    later = f", then {step_passes(config, first)}" if first < config.max_train_steps else ""
-    return f"{step_passes(config)}{later}"
-
-
-def total_passes(config: ConsistencyConfig, converting: int, steps: int) -> int:
-    """Forward passes of one image that so many steps are worth, after `converting` that ask the teacher once each.
-
-    Args:
-        steps (`int`): up to `config.max_train_steps`.
-    """
-    images = config.batch_size * config.gradient_accumulation_steps
-    first = min(steps, first_stage_steps(config))
-    method = first * step_passes(config) + (steps - first) * step_passes(config, first)
-    return images * (converting * (GRADIENT_PASSES + 1) + method)
+# How many steps a run may take ---------------------------------------------------------------------------------------
 
 
 def plan(setting: Setting, overrides: dict[str, Any], budget: float) -> ConsistencyConfig:

@@ -15,8 +15,9 @@ import ablation
 import ablation_runs
 import pytest
 import yaml
-from ablation_report import figure, remarks
-from ablation_runs import Run, few_step_levels, passes_text, plan, status, step_passes, total_passes
+from ablation_budget import passes_text, step_passes, total_passes
+from ablation_report import figure, ratio_to_teacher, remarks
+from ablation_runs import Run, few_step_levels, plan, status
 from processes import parallel
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
@@ -189,7 +190,8 @@ def test_a_study_leaves_a_table_and_plots(done):
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
     assert rows["fast"][1:3] == ["4", "28"]
     assert rows["slow"][1] == "6"
-    assert all("±" in cell for cell in rows["fast"][3:7])
+    assert all("±" in cell for cell in (*rows["fast"][3:6], rows["fast"][7]))
+    assert rows["fast"][6].count(" ×") == 3
     assert "1,920 forward passes" in text
     assert "64 of a small classifier of digits" in text
     assert {"DDIM", "Heun"} <= rows.keys()
@@ -316,6 +318,12 @@ def test_figures_have_their_spread():
     assert figure([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
     assert figure([1.5]) == "1.500"
     assert figure([]) == "-"
+
+
+def test_a_student_is_compared_with_its_own_teacher():
+    teachers = {0: [{"fid": 2.0}, {"fid": 9.0}], 1: [{"fid": 4.0}]}
+    assert ratio_to_teacher({0: 2.0, 1: 8.0}, teachers) == "1.50 ×"
+    assert ratio_to_teacher({}, teachers) == "-"
 
 
 def test_names_of_results_do_not_change(tmp_path):
