@@ -238,7 +238,7 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
     footprint = Footprint(
         student=bytes_of(trainer.student),
         teacher=bytes_of(trainer.teacher.unet) if trainer.teacher is not None else 0,
-        averages=bytes_of(*(average.network for average in trainer.averages().values())),
+        averages=bytes_of(*trainer.averages.networks().values()),
         gradients=gradients,
         optimizer=moments,
         activations=int(kept[0] + per_image * (trainer.config.batch_size - 1)),

@@ -23,14 +23,15 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints
+from cm_diffusers.training.averages import Averages
 from cm_diffusers.training.companions import make_companions
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.ema import EMA, decay_for_half_life, whole
+from cm_diffusers.training.ema import whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
-from cm_diffusers.training.phases import Networks, Phase, first_stage_steps, make_phases
+from cm_diffusers.training.phases import Networks, Phase, make_phases
 from cm_diffusers.training.preparation import identify, prepare_data, prepare_student, with_learning_rates
 from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
@@ -46,7 +47,6 @@ from cm_diffusers.training.runtime import (
     precision,
     settle,
 )
-from cm_diffusers.training.schedules import mu_schedule
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
@@ -99,13 +99,12 @@ class ConsistencyTrainer:
         set_seed(config.seed, device_specific=True)
 
         self._prepare_networks(unet)
-        self.mu = mu_schedule(config)
         self.phases = self._make_phases()
         self.batches = Batches(
             self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
             self.accelerator.num_processes,
         )  # fmt: skip
-        networks = {"student": self.unet} | {name: average.network for name, average in self.averages().items()}
+        networks = {"student": self.unet, **self.averages.networks()}
         self.memory = Memory(
             self.accelerator, self.output_dir / CHECKPOINTS, config.checkpoint_limit, networks, self.optimizer,
             self.companions, self.batches, self._identity(),
@@ -150,25 +149,22 @@ class ConsistencyTrainer:
             self.teacher.unet = lay_out(config, in_precision(self.teacher.unet.to(self.accelerator.device), config))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.ema = EMA(unet)
-        self.target_ema = EMA(unet) if config.target == "ema" and config.mu else None
-        self.first_stage = EMA(unet) if first_stage_steps(config) < config.max_train_steps else None
-        for average in (self.target_ema, self.first_stage):
-            if average is not None:
-                lay_out(config, average.network, in_parts)
+        self.averages = Averages(config, unet, self.global_batch_size)
+        averages = self.averages.networks()
+        for name, average in averages.items():
+            if name != "ema":  # whose network only samples are drawn from
+                lay_out(config, average, in_parts)
         self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
         self.unet = self.accelerator.unwrap_model(self.student)
-        for average in self.averages().values():
-            shard_like_student(self.accelerator, average.network)
+        for average in averages.values():
+            shard_like_student(self.accelerator, average)
 
     def _make_phases(self) -> list[Phase]:
         """The phases, with what is trained in them beside the student."""
         config, ends = self.config, (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
         self.companions = make_companions(config, self.teacher, ends, self.accelerator)
-        if self.target_ema is not None:
-            self.target_ema.network.train()  # the dropout of the student
         beside = {name: companion.module for name, companion in self.companions.items()}
-        averages = {name: average.network for name, average in self.averages().items() if name != "ema"}
+        averages = {name: average for name, average in self.averages.networks().items() if name != "ema"}
         # Neither compiled graphs nor hooks that gather weights pass derivatives on.
         forward_mode = not (config.compile or is_sharded(self.accelerator))
         networks = Networks(self.student, **averages, **beside, forward_mode=forward_mode)
@@ -252,16 +248,12 @@ class ConsistencyTrainer:
 
     def _enter(self, phase: Phase, bar: tqdm) -> None:
         bar.set_description(phase.name)
-        if self.first_stage is not None and phase is self.phases[-1]:
-            self.first_stage.restart(self.ema.network)
-        self.ema.restart(self.unet)
-        if self.target_ema is not None:
-            self.target_ema.restart(self.unet)
+        self.averages.restart(self.unet, phase is self.phases[-1])
 
     def advance(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
         """Take one step, with nothing around it."""
         record = self._optimise(phase, batches)
-        self._follow(phase)
+        self.averages.follow(self.unet, self.step - phase.start, phase.is_method)
         self.step += 1
         return record
 
@@ -322,17 +314,6 @@ class ConsistencyTrainer:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.as_tensor(norm, device=self.accelerator.device)
 
-    def _follow(self, phase: Phase) -> None:
-        """Move the averages towards the new weights."""
-        step = self.step - phase.start
-        if self.target_ema is not None and phase.is_method:
-            self.target_ema.update(self.unet, self.mu(step))
-        self.ema.update(self.unet, self._ema_decay(step))
-
-    def _ema_decay(self, step: int) -> float:
-        batch, config = self.global_batch_size, self.config
-        return decay_for_half_life(config.ema_half_life, batch, (step + 1) * batch, config.ema_rampup)
-
     def _conditioning(self, batch: dict[str, Tensor], random: SampleRandom) -> dict[str, Tensor]:
         labels = batch.get("class_labels")
         if labels is None or self.unet.config.num_class_embeds is None:
@@ -365,12 +346,12 @@ class ConsistencyTrainer:
         last = done == phase.steps
         if step % config.logging_steps == 0 or last:
             values = {
-                "lr": phase.learning_rate_at(done - 1), "ema_decay": self._ema_decay(done - 1),
+                "lr": phase.learning_rate_at(done - 1), "ema_decay": self.averages.decay_at(done - 1),
                 "skipped_steps": self.watch.skipped,
             }  # fmt: skip
             values |= phase.describe(done - 1)
             if phase.is_method:
-                values["mu"] = self.mu(done - 1) if self.target_ema is not None else 0.0
+                values["mu"] = self.averages.mu_at(done - 1)
             self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
             log_samples(self.accelerator, self.pipeline(), config, step, self.output_dir / "samples")
@@ -388,7 +369,7 @@ class ConsistencyTrainer:
     def pipeline(self) -> ConsistencyPipeline:
         """The student with its evaluation weights. Called on all ranks."""
         scheduler = ConsistencyScheduler.from_config(self.scheduler.config)
-        return ConsistencyPipeline(whole(self.ema.network), scheduler, self.config.null_class_label)
+        return ConsistencyPipeline(whole(self.averages.ema.network), scheduler, self.config.null_class_label)
 
     def save(self, pipeline: ConsistencyPipeline) -> None:
         """Save the student beside its final place, then move it there, part by part; then what is told of it."""
@@ -483,11 +464,6 @@ class ConsistencyTrainer:
         on_main(self.accelerator, lambda: forget_after(self.output_dir, self.step))
         if self.evaluation is not None:
             self.evaluation.start()
-
-    def averages(self) -> dict[str, EMA]:
-        """The frozen copies that follow the student."""
-        averages = {"ema": self.ema, "target": self.target_ema, "first_stage": self.first_stage}
-        return {name: average for name, average in averages.items() if average is not None}
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same when the run is resumed."""

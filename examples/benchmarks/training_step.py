@@ -36,7 +36,7 @@ def measure(trainer: ConsistencyTrainer, options: argparse.Namespace) -> None:
     phase, batches = trainer.phases[-1], iter(trainer.batches)
     x = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     time = torch.full((options.batch_size,), 500.0, device=device)
-    target = trainer.target_ema.network
+    target = trainer.averages.target.network
 
     def step() -> None:
         trainer.watch.after(trainer.advance(phase, batches))

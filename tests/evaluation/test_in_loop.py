@@ -99,14 +99,14 @@ def make_trained(folder):
 
 def test_a_resumed_run_forgets_what_it_has_not_done_yet(tmp_path):
     trainer = make_trainer(tmp_path, eval_steps=1)
-    follow = trainer._follow
+    follow = trainer.averages.follow
 
-    def stop_at_six(phase):
-        follow(phase)
+    def stop_at_six(*arguments):
+        follow(*arguments)
         if trainer.step == 6:
             raise KeyboardInterrupt
 
-    trainer._follow = stop_at_six
+    trainer.averages.follow = stop_at_six
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     with (tmp_path / "evaluation.jsonl").open("a") as file:
@@ -204,7 +204,7 @@ def test_a_dataset_is_named_without_its_place(tmp_path):
 
 def test_a_diverged_student_has_no_figures_and_ends_no_run(tmp_path, caplog):
     trainer = make_trainer(tmp_path, eval_steps=1)
-    next(trainer.ema.network.parameters()).data.fill_(float("nan"))
+    next(trainer.averages.ema.network.parameters()).data.fill_(float("nan"))
     trainer.evaluation(trainer.pipeline(), 1)
     assert "the model has diverged" in caplog.text
     assert read_history(tmp_path / "evaluation.jsonl") == [] and not (tmp_path / "best").exists()

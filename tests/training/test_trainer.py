@@ -197,7 +197,7 @@ def test_ways_to_be_faster_compute_the_same(changes, tmp_path, monkeypatch):
     if "compile" in changes:
         assert 0 < graphs[2] == graphs[-1]  # conversion, and then cd, with all its N
     loaded = ConsistencyPipeline.from_pretrained(tmp_path / "fast")
-    torch.testing.assert_close(weights(loaded.unet), weights(plain.ema.network), rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights(loaded.unet), weights(plain.averages.ema.network), rtol=0, atol=1e-4)
 
 
 def test_a_teacher_in_low_precision_is_a_copy(tmp_path):
@@ -245,7 +245,7 @@ def test_evaluation_weights_are_an_average_of_their_own(tmp_path):
     trainer = make_trainer(tmp_path, max_train_steps=8, learning_rate=1e-2, ema_half_life=1000, ema_rampup=None)
     pipeline = trainer.train()
     assert not torch.equal(weights(pipeline.unet), weights(trainer.unet))
-    assert not torch.equal(weights(pipeline.unet), weights(trainer.target_ema.network))
+    assert not torch.equal(weights(pipeline.unet), weights(trainer.averages.target.network))
 
 
 def stream_of_images():
@@ -263,20 +263,20 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, dropout, 
     whole.train()
 
     broken = make_trainer(tmp_path / "broken", teacher, **settings)
-    follow = broken._follow
+    follow = broken.averages.follow
 
-    def stop_at_seven(phase):
-        follow(phase)
+    def stop_at_seven(*arguments):
+        follow(*arguments)
         if broken.step == 7:
             raise KeyboardInterrupt
 
-    broken._follow = stop_at_seven
+    broken.averages.follow = stop_at_seven
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = make_trainer(tmp_path / "broken", teacher, resume="auto", **settings)
     resumed.train()
     assert torch.equal(weights(resumed.unet), weights(whole.unet))
-    assert torch.equal(weights(resumed.ema.network), weights(whole.ema.network))
+    assert torch.equal(weights(resumed.averages.ema.network), weights(whole.averages.ema.network))
 
 
 @pytest.mark.parametrize("how", ["truncate", "empty", "flip", "delete"])
@@ -314,15 +314,15 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path):
     resource = pytest.importorskip("resource")
     settings = {"checkpoint_steps": 2, "max_train_steps": 4}
     trainer = make_trainer(tmp_path, **settings)
-    whole, follow = tmp_path / "checkpoints" / "step-00000002", trainer._follow
+    whole, follow = tmp_path / "checkpoints" / "step-00000002", trainer.averages.follow
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_the_disk_at_three(phase):
-        follow(phase)
+    def fill_the_disk_at_three(*arguments):
+        follow(*arguments)
         if trainer.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
-    trainer._follow = fill_the_disk_at_three
+    trainer.averages.follow = fill_the_disk_at_three
     try:
         with pytest.raises(CheckpointError, match=f"step-00000004 cannot be written.*The last checkpoint is {whole}"):
             trainer.train()
@@ -429,14 +429,14 @@ def test_dumps_of_bad_steps_do_not_fill_the_disk_or_end_the_run(tmp_path, monkey
 def test_a_bad_step_is_left_out_counted_and_dumped(optimizer, tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_train_steps=8, conversion_steps=0, optimizer=optimizer, max_bad_steps=2)
     Poisoned(trainer.phases[-1], lambda step: step in (2, 4))
-    seen, follow = [], trainer._follow
+    seen, follow = [], trainer.averages.follow
 
-    def watched(phase):
+    def watched(*arguments):
         moments = [state["exp_avg"].clone() for state in trainer.optimizer.state.values()]
         seen.append((weights(trainer.unet).clone(), torch.cat([moment.flatten() for moment in moments])))
-        follow(phase)
+        follow(*arguments)
 
-    trainer._follow = watched
+    trainer.averages.follow = watched
     trainer.train()
     unchanged = [step for step in range(1, 8) if all(map(torch.equal, seen[step], seen[step - 1]))]
     assert unchanged == [2, 4]
@@ -472,7 +472,7 @@ def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     resumed = make_trainer(tmp_path / "told", resume="auto", **settings)
     resumed.train()
-    assert torch.equal(weights(resumed.ema.network), weights(whole.ema.network))
+    assert torch.equal(weights(resumed.averages.ema.network), weights(whole.averages.ema.network))
 
 
 def test_a_resumed_run_may_split_its_batch_otherwise(tmp_path):
