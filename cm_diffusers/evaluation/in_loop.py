@@ -11,7 +11,6 @@ import logging
 import math
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,12 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.record import public_name
 from cm_diffusers.training.runtime import on_main
+from cm_diffusers.training.saving import workplace
 
 logger = logging.getLogger(__name__)
 
 HISTORY = "evaluation.jsonl"
-BEST, FIGURES, PARTIAL_BEST = "best", "evaluation.json", ".best-"
+BEST, FIGURES = "best", "evaluation.json"
 
 
 class TrainingEvaluation:
@@ -102,15 +102,12 @@ class TrainingEvaluation:
 
     def _keep(self, pipeline: ConsistencyPipeline, entry: dict[str, Any]) -> None:
         """Save the student beside `best/`, then put it there."""
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_BEST, dir=self.folder))
-        try:
-            pipeline.save_pretrained(partial / "new")
-            (partial / "new" / FIGURES).write_text(json.dumps(entry, indent=2) + "\n")
+        with workplace(self.folder) as place:
+            pipeline.save_pretrained(place / "new")
+            (place / "new" / FIGURES).write_text(json.dumps(entry, indent=2) + "\n")
             if (self.folder / BEST).exists():
-                (self.folder / BEST).rename(partial / "old")
-            (partial / "new").rename(self.folder / BEST)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                (self.folder / BEST).rename(place / "old")
+            (place / "new").rename(self.folder / BEST)
 
 
 def forget_after(folder: Path, step: int) -> None:
@@ -118,8 +115,6 @@ def forget_after(folder: Path, step: int) -> None:
 
     Called by the main process.
     """
-    for partial in folder.glob(f"{PARTIAL_BEST}*"):
-        shutil.rmtree(partial, ignore_errors=True)
     if (folder / HISTORY).exists():
         kept = [entry for entry in read_history(folder / HISTORY) if entry["step"] <= step]
         write_whole(folder / HISTORY, "".join(json.dumps(entry) + "\n" for entry in kept))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -22,7 +19,7 @@ from tqdm.auto import tqdm
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.training import checkpoints
+from cm_diffusers.training import checkpoints, saving
 from cm_diffusers.training.averages import Averages
 from cm_diffusers.training.companions import make_companions
 from cm_diffusers.training.config import ConsistencyConfig
@@ -53,7 +50,7 @@ from cm_diffusers.training.tracking import Meter, log_samples, save_samples, sta
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, PARTIAL_STUDENT = "checkpoints", ".student-"
+CHECKPOINTS = "checkpoints"
 DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
@@ -372,17 +369,8 @@ class ConsistencyTrainer:
         return ConsistencyPipeline(whole(self.averages.ema.network), scheduler, self.config.null_class_label)
 
     def save(self, pipeline: ConsistencyPipeline) -> None:
-        """Save the student beside its final place, then move it there, part by part; then what is told of it."""
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_STUDENT, dir=self.output_dir))
-        try:
-            pipeline.save_pretrained(partial)
-            for part in sorted(partial.iterdir()):
-                place = self.output_dir / part.name
-                if place.is_dir():
-                    shutil.rmtree(place)
-                os.replace(part, place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        """Save the student, then what is told of it."""
+        saving.save_into(pipeline, self.output_dir)
         for old in (RECORD, SAMPLES):
             (self.output_dir / old).unlink(missing_ok=True)
         try:
@@ -407,8 +395,7 @@ class ConsistencyTrainer:
     def _clean(self) -> None:
         """Delete what runs that were killed have left half done."""
         checkpoints.clean(self.output_dir / CHECKPOINTS)
-        for folder in self.output_dir.glob(f"{PARTIAL_STUDENT}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        saving.clean(self.output_dir)
 
     def record(self, student: Any) -> TrainingRecord:
         """The facts of the run so far. The `student` is the network that is saved, whole on this process."""

@@ -118,7 +118,7 @@ def test_a_resumed_run_forgets_what_it_has_not_done_yet(tmp_path):
 
 def test_a_run_begins_with_no_figures_of_another(tmp_path):
     make_trainer(tmp_path, eval_steps=3, checkpoint_steps=0).train()
-    (tmp_path / ".best-killed").mkdir()
+    (tmp_path / ".student-killed").mkdir()
     trainer = make_trainer(tmp_path, eval_steps=3, checkpoint_steps=0, learning_rate=1e-5)
     trainer.train()
     history = read_history(tmp_path / "evaluation.jsonl")
@@ -155,7 +155,7 @@ def test_the_best_student_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         trainer.evaluation(trainer.pipeline(), 2)
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == before
-    assert not list(tmp_path.glob(".best-*"))
+    assert not list(tmp_path.glob(".student-*"))
 
 
 @pytest.mark.parametrize(
