@@ -123,19 +123,19 @@ def _stock_scheduler(fields: Mapping[str, Any]) -> Any:
 def preconditioning_from_config(fields: Mapping[str, Any]) -> Preconditioning:
     """The [`Preconditioning`] that a [`ConsistencyScheduler`]'s config, or [`describe_network`], names."""
     family = fields["family"]
-    sigma_data = fields.get("sigma_data") or 0.5
+    sigma_data, time_scale = fields.get("sigma_data") or 0.5, fields.get("time_scale") or 1.0
     if family == "vp":
         prediction_type = fields.get("prediction_type") or "epsilon"
         _check_prediction_type("A network of family 'vp'", prediction_type, ("epsilon", "v_prediction", "sample"))
-        return VPPreconditioning(_stock_scheduler(fields).alphas_cumprod, prediction_type, sigma_data)
+        return VPPreconditioning(_stock_scheduler(fields).alphas_cumprod, prediction_type, sigma_data, time_scale)
     if family == "flow":
-        return FlowPreconditioning(fields.get("num_train_timesteps") or 1000, sigma_data)
+        return FlowPreconditioning(fields.get("num_train_timesteps") or 1000, sigma_data, time_scale)
     sigma_range = (fields["sigma_min"], fields["sigma_max"])
     if family == "edm":
         prediction_type = fields.get("prediction_type") or "epsilon"
         _check_prediction_type("A network of family 'edm'", prediction_type, ("epsilon", "v_prediction"))
         sign = -1.0 if prediction_type == "v_prediction" else 1.0
-        return EDMPreconditioning(sigma_range, sigma_data, sign, fields.get("time_scale") or 1.0)
+        return EDMPreconditioning(sigma_range, sigma_data, sign, time_scale)
     if family == "consistency":
         return CMPreconditioning(sigma_range, sigma_data)
     if family == "ve":

@@ -60,11 +60,13 @@ class Preconditioning:
         sigma_range (`tuple[float, float]`): the noise levels the network was trained on.
         image_range (`tuple[float, float]`): the values between which its training images lie.
         sigma_data (`float`): the standard deviation of the data, for the `edm` and `lcm` boundary forms.
+        time_scale (`float`): factor on the network's time, where that is not the family's own.
     """
 
     sigma_range: tuple[float, float]
     image_range: tuple[float, float] = (-1.0, 1.0)
     sigma_data: float = 0.5
+    time_scale: float = 1.0
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         """`1 / c_in`, which the state is divided by before the network sees it."""
@@ -99,12 +101,13 @@ class VPPreconditioning(Preconditioning):
     Args:
         alphas_cumprod (`Tensor` of shape `(num_train_timesteps,)`): alpha_bar of every training timestep.
         prediction_type (`str`): `"epsilon"`, `"v_prediction"` or `"sample"`.
-        sigma_data (`float`): see [`Preconditioning`].
+        sigma_data, time_scale (`float`): see [`Preconditioning`].
     """
 
     alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
+    time_scale: float = 1.0
 
     @functools.cached_property
     def log_sigmas(self) -> Tensor:
@@ -129,14 +132,14 @@ class VPPreconditioning(Preconditioning):
         return torch.zeros_like(sigma), torch.ones_like(sigma)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """t(sigma), the fractional timestep, by linear interpolation in ln sigma."""
+        """t(sigma), the fractional timestep, by linear interpolation in ln sigma, times `time_scale`."""
         log_sigma, table = _double(sigma).log(), self.log_sigmas.to(_double(sigma))
         upper = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
         weight = (log_sigma - table[upper - 1]) / (table[upper] - table[upper - 1])
-        return upper - 1 + weight.clamp(0, 1)
+        return self.time_scale * (upper - 1 + weight.clamp(0, 1))
 
     def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
-        timestep = _double(timestep).clamp(0, len(self.alphas_cumprod) - 1)
+        timestep = (_double(timestep) / self.time_scale).clamp(0, len(self.alphas_cumprod) - 1)
         table = self.log_sigmas.to(timestep)
         lower = timestep.long().clamp(max=len(table) - 2)
         return torch.lerp(table[lower], table[lower + 1], timestep - lower).exp()
@@ -201,6 +204,7 @@ class FlowPreconditioning(Preconditioning):
 
     num_train_timesteps: int = 1000
     sigma_data: float = 0.5
+    time_scale: float = 1.0
 
     @property
     def sigma_range(self) -> tuple[float, float]:  # type: ignore[override]
@@ -214,10 +218,10 @@ class FlowPreconditioning(Preconditioning):
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         sigma = _double(sigma)
-        return self.num_train_timesteps * sigma / (1 + sigma)
+        return self.time_scale * self.num_train_timesteps * sigma / (1 + sigma)
 
     def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
-        time = _double(timestep) / self.num_train_timesteps
+        time = _double(timestep) / (self.time_scale * self.num_train_timesteps)
         return time / (1 - time).clamp(min=1e-12)
 
 
@@ -276,9 +280,10 @@ class Boundary:
         family = type(self.preconditioning)
         if self.form not in BOUNDARIES:
             raise ValueError(f"`boundary` must be one of {', '.join(BOUNDARIES)}, got {self.form!r}.")
-        if self.form == "lcm" and family is not VPPreconditioning:
+        if self.form == "lcm" and (family is not VPPreconditioning or self.preconditioning.time_scale != 1):
             raise ValueError(
-                "`boundary='lcm'` is defined on discrete timesteps: it needs a variance-preserving network."
+                "`boundary='lcm'` is defined on discrete timesteps: it needs a variance-preserving network with their "
+                "time, which those of continuous levels do not have."
             )
         if self.form != "edm" and family is CMPreconditioning:
             raise ValueError(f"A consistency network is f itself: its `boundary` must be 'edm', got {self.form!r}.")

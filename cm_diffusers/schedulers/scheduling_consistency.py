@@ -63,7 +63,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         prediction_type (`str`, *optional*): what a `vp` or `edm` network predicts, in diffusers' terms.
         boundary (`str`): `"edm"`, `"euler"` or `"lcm"`, see [`~cm_diffusers.preconditioning.Boundary`].
         timestep_scaling (`float`): sharpness of the `lcm` boundary.
-        time_scale (`float`): factor on the time `ln(sigma) / 4` of an `edm` network.
+        time_scale (`float`): factor on the time that networks of an `edm`, `vp` or `flow` family have.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the betas of a `vp` network, with
             the meaning they have in `DDPMScheduler`.
         image_range (`list[float]`): the values between which images lie.

@@ -12,7 +12,6 @@ from diffusers import UNet2DModel
 
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
-from cm_diffusers.preconditioning import STOCK_TIME_SCALE
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training.config import ConsistencyConfig
@@ -33,12 +32,14 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
     overrides = {name: value for name in names if (value := getattr(config, name)) is not None}
     unet: Any
     if teacher is not None:
-        unet, scheduler = make_student(teacher.unet, teacher.scheduler, config.conversion_steps != 0, **overrides)
+        convert, smooth = config.conversion_steps != 0, config.levels == "continuous"
+        unet, scheduler = make_student(teacher.unet, teacher.scheduler, convert, smooth, **overrides)
     elif config.unet_config is not None:
         unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
         if config.flow_map:
             add_second_time(unet)
-            overrides |= {"family": "edm", "time_scale": STOCK_TIME_SCALE}
+        if config.levels == "continuous":
+            overrides |= {"family": "edm"}  # whose time is smooth
         scheduler = ConsistencyScheduler(**overrides)
     else:
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")

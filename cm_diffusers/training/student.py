@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from typing import Any
 
@@ -11,12 +12,24 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.preconditioning import STOCK_TIME_SCALE, CMPreconditioning, EDMPreconditioning
+from cm_diffusers.preconditioning import (
+    STOCK_TIME_SCALE,
+    CMPreconditioning,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    Preconditioning,
+    VPPreconditioning,
+)
 from cm_diffusers.schedulers import ConsistencyScheduler
+
+logger = logging.getLogger(__name__)
+
+# What the time of a student with a smooth one ends at, where its teacher's ends at 1,000.
+SMOOTH_TIME = 10.0
 
 
 def make_student(
-    unet: nn.Module, scheduler: Any, convert: bool, **overrides: Any
+    unet: nn.Module, scheduler: Any, convert: bool, smooth: bool = False, **overrides: Any
 ) -> tuple[nn.Module, ConsistencyScheduler]:
     """A student's network and scheduler, made from a teacher's.
 
@@ -27,11 +40,14 @@ def make_student(
     - A flow map gets a second time.
     - With `convert`, a VP network that predicts epsilon becomes one that predicts v. Its weights have to be trained
       for that by a [`~cm_diffusers.training.objectives.conversion.ConversionObjective`].
+    - With `smooth`, too, its time becomes one that it can be differentiated by, see [`smooth_time`]. That, too, needs
+      training.
 
     Args:
         unet (`nn.Module`): the teacher's network; left as it is.
         scheduler (`SchedulerMixin`): the teacher's scheduler.
-        convert (`bool`): bound the prediction and adopt stock time.
+        convert (`bool`): bound the prediction and adopt another time.
+        smooth (`bool`): the student will be differentiated by its time.
         overrides: of [`ConsistencyScheduler`].
     """
     preconditioning = read_preconditioning(scheduler)
@@ -39,8 +55,10 @@ def make_student(
     cut_variance(student)
     if overrides.get("flow_map"):
         add_second_time(student)
-    if needs_conversion(scheduler) and convert:
+    if getattr(preconditioning, "prediction_type", None) == "epsilon" and convert:
         overrides["prediction_type"] = "v_prediction"
+    if smooth and convert:
+        return student, _with_smooth_time(student, scheduler, preconditioning, overrides)
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")
     if isinstance(preconditioning, EDMPreconditioning) and becomes_stock:
         student_scheduler = ConsistencyScheduler.from_teacher(scheduler, family="consistency", **overrides)
@@ -52,9 +70,43 @@ def make_student(
     return student, ConsistencyScheduler.from_teacher(scheduler, **overrides)
 
 
-def needs_conversion(scheduler: Any) -> bool:
-    """Whether the network predicts epsilon, whose error D multiplies by sigma."""
-    return getattr(read_preconditioning(scheduler), "prediction_type", None) == "epsilon"
+def needs_conversion(teacher_scheduler: Any, student_scheduler: ConsistencyScheduler) -> bool:
+    """Whether a student has to learn to say what its teacher says.
+
+    It has if it predicts something else (v, as D multiplies an error of epsilon by sigma), or sees time less finely.
+    """
+    old, new = read_preconditioning(teacher_scheduler).denoising, student_scheduler.preconditioning.denoising
+    kinds = [getattr(family, "prediction_type", None) for family in (old, new)]
+    return kinds[0] != kinds[1] or new.time_scale < old.time_scale
+
+
+def smooth_time(family: Preconditioning) -> dict[str, Any]:
+    """The fields of a scheduler by which a family's networks have a time that changes by about 1 while sigma doubles.
+
+    Networks see time through sines of up to one radian per unit. Where time goes to 1,000, or is 250 * ln(sigma), they
+    answer neighbouring noise levels alike only on average: derivatives by sigma are ten times the differences that
+    they stand for, and continuous-time methods turn students into noise (Lu & Song 2024, section 4.1).
+    """
+    if isinstance(family, EDMPreconditioning | CMPreconditioning):
+        return {"family": "edm", "time_scale": 1.0}
+    if isinstance(family, VPPreconditioning):
+        return {"time_scale": SMOOTH_TIME / len(family.alphas_cumprod)}
+    if isinstance(family, FlowPreconditioning):
+        return {"time_scale": SMOOTH_TIME / family.num_train_timesteps}
+    return {}
+
+
+def _with_smooth_time(
+    student: Any, scheduler: Any, family: Preconditioning, overrides: dict[str, Any]
+) -> ConsistencyScheduler:
+    """The student's scheduler, and in place its first time layer, as near to the old one as smooth times can be."""
+    fields = smooth_time(family) if student.config.time_embedding_type == "positional" else {}
+    if not fields:
+        logger.warning("The network's own embedding of time may be too rough to be differentiated.")
+    found = ConsistencyScheduler.from_teacher(scheduler, **{**overrides, **fields})
+    if found.preconditioning.time_scale != family.denoising.time_scale:
+        refit_time_embedding(student, family, found.preconditioning)
+    return found
 
 
 @torch.no_grad()
@@ -106,11 +158,11 @@ def flip_sign(unet: Any) -> None:
 
 
 @torch.no_grad()
-def refit_time_embedding(unet: Any, old: EDMPreconditioning, new: CMPreconditioning, num_points: int = 4096) -> float:
+def refit_time_embedding(unet: Any, old: Preconditioning, new: Preconditioning, num_points: int = 4096) -> float:
     """Give the network's first time layer a new time, in place, by linear least squares over the range of sigma.
 
     Both times are smooth functions of ln sigma, and the layer sees them through sines and cosines of many frequencies,
-    so that the new layer reproduces the old one's output almost exactly.
+    so that the new layer reproduces the old one's output almost exactly; as far as the new time is fine enough.
 
     Returns:
         `float`: root mean square error of the layer's output, relative to its standard deviation.

@@ -35,7 +35,7 @@ class IdealTeacher:
 
 def train(method, problem, monkeypatch, steps, batch=128):
     """The evaluation weights of a run, and its scheduler."""
-    monkeypatch.setattr(phases, "needs_conversion", lambda scheduler: False)
+    monkeypatch.setattr(phases, "needs_conversion", lambda *schedulers: False)
     torch.manual_seed(0)
     options = {"max_train_steps": steps, "learning_rate": 3e-3, "lr_schedule": "cosine", **SHORT.get(method, {})}
     config = ConsistencyConfig(method=method, **options).resolve()

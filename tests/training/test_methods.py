@@ -78,7 +78,7 @@ def test_a_run_resumes_to_the_same_bits(method, tmp_path):
         assert weights(companion.module).abs().sum() > 0
 
 
-MEANFLOW = {"method": "meanflow", "distance": "l2", "weighting": "adaptive"}
+MEANFLOW = {"method": "meanflow", "num_levels": None, "distance": "l2", "weighting": "adaptive"}
 # Forward mode does not see through hooks that gather weights.
 SCD = {**MEANFLOW, "method": "scd", "derivative": "finite_difference", "adversarial_weight": 0.1, "real_data": 0.2}
 

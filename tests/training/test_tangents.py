@@ -200,16 +200,16 @@ def test_the_gradient_is_the_limit_of_distillations(family):
 
 def test_normalized_tangents():
     tangent = torch.tensor([[3.0, 4.0], [0.3, -0.4]]).view(2, 1, 1, 2)
-    size = torch.tensor([12.5, 0.125]).sqrt().view(2, 1, 1, 1)
-    torch.testing.assert_close(NormalizedTangent()(tangent), tangent / (size + 0.1))
+    norm = torch.tensor([5.0, 0.5]).view(2, 1, 1, 1)
+    torch.testing.assert_close(NormalizedTangent()(tangent), 2**0.5 * tangent / (norm + 0.1))
+    size = norm / 2**0.5
     torch.testing.assert_close(PowerNormalizedTangent()(tangent), tangent / (size**2 + 1e-3) ** 0.75)
 
 
-def test_a_normalized_tangent_does_not_depend_on_the_size_of_images():
+def test_normalized_tangents_of_large_images_are_not_smaller():
     small = torch.ones(1, 1, 2, 2)
-    assert torch.equal(
-        NormalizedTangent()(small)[0, 0, 0, 0], NormalizedTangent()(small.repeat(1, 3, 8, 8))[0, 0, 0, 0]
-    )
+    for normalize in (NormalizedTangent(), PowerNormalizedTangent()):
+        assert normalize(small)[0, 0, 0, 0] <= normalize(small.repeat(1, 3, 8, 8))[0, 0, 0, 0]
 
 
 def test_warm_up():

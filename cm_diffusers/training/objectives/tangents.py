@@ -8,6 +8,7 @@ same of every family of networks, whatever its preconditioning, and stays bounde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,16 +143,17 @@ class FlowMapJumps:
 
 @dataclass(frozen=True)
 class NormalizedTangent:
-    """`g / (|g| + c)` with c = 0.1 (Lu & Song 2024, section 4.1), which no single sample can dominate.
+    """`g / (|g| + c)` with c = 0.1, which no single sample can dominate (Lu & Song 2024, section 4.1).
 
-    `|g|` is the root mean square over the sample, so that c means the same for small images and large ones.
+    `|g|` is the norm over the sample. The result is multiplied by what makes its entries of order 1, however many.
     """
 
     constant: float = 0.1
 
     def __call__(self, tangent: Tensor) -> Tensor:
+        entries = tangent[0].numel()
         size = tangent.flatten(1).square().mean(1).sqrt()
-        return tangent / expand(size + self.constant, tangent)
+        return tangent / expand(size + self.constant / math.sqrt(entries), tangent)
 
 
 @dataclass(frozen=True)
