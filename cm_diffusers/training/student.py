@@ -100,7 +100,8 @@ def _with_smooth_time(
     student: Any, scheduler: Any, family: Preconditioning, overrides: dict[str, Any]
 ) -> ConsistencyScheduler:
     """The student's scheduler, and in place its first time layer, as near to the old one as smooth times can be."""
-    fields = smooth_time(family) if student.config.time_embedding_type == "positional" else {}
+    positional = getattr(student.config, "time_embedding_type", None) == "positional"
+    fields = smooth_time(family) if positional else {}
     if not fields:
         logger.warning("The network's own embedding of time may be too rough to be differentiated.")
     found = ConsistencyScheduler.from_teacher(scheduler, **{**overrides, **fields})

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.preconditioning import Denoiser
-from cm_diffusers.schedulers import ConsistencyScheduler
-from cm_diffusers.training.student import cut_variance, make_student, refit_time_embedding
+from cm_diffusers.preconditioning import Denoiser, network_output
+from cm_diffusers.schedulers import ConsistencyScheduler, ScaledTimeEDMScheduler
+from cm_diffusers.training.objectives.tangents import forward_mode
+from cm_diffusers.training.student import cut_variance, make_student, needs_conversion, refit_time_embedding
 
 
 def outputs(unet, scheduler_or_base, sigmas=(0.01, 0.3, 2.0, 60.0)):
@@ -84,6 +85,62 @@ def test_refit_reports_its_error(make_unet):
     old = read_preconditioning(diffusers.EDMEulerScheduler())
     new = read_preconditioning(diffusers.CMStochasticIterativeScheduler())
     assert refit_time_embedding(unet, old, new) < 1e-2
+
+
+# A time to differentiate by ---------------------------------------------------------------------------------------
+
+
+def roughness(unet, family):
+    """How much larger dF / d ln(sigma) is than the differences of noise levels a tenth apart."""
+    sigma = torch.logspace(-1.5, 1.5, 16, dtype=torch.float64)
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = [family.c_noise(sigma * factor).float() for factor in (0.95, 1.0, 1.05)]
+    along = (times[2] - times[0]) / 0.1
+    tangent = forward_mode(unet, x, times[1], torch.zeros_like(x), along)
+    with torch.no_grad():
+        difference = (network_output(unet, x, times[2]) - network_output(unet, x, times[0])) / 0.1
+    return float(tangent.detach().norm() / difference.norm())
+
+
+SCHEDULERS = {
+    "vp": diffusers.DDPMScheduler(prediction_type="v_prediction"), "flow": diffusers.FlowMatchEulerDiscreteScheduler(),
+    "consistency": diffusers.CMStochasticIterativeScheduler(), "scaled edm": ScaledTimeEDMScheduler(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SCHEDULERS)
+def test_a_smooth_student_can_be_differentiated_by_its_time_and_its_teacher_cannot(make_unet, family):
+    unet, scheduler = make_unet(block_out_channels=(64,), norm_num_groups=8), SCHEDULERS[family]
+    rough = read_preconditioning(scheduler)
+    assert roughness(unet, rough) > 2
+    student, student_scheduler = make_student(unet, scheduler, convert=True, smooth=True)
+    assert roughness(student, student_scheduler.preconditioning) == pytest.approx(1, rel=0.02)
+    assert needs_conversion(scheduler, student_scheduler)
+    again = ConsistencyScheduler.from_config(student_scheduler.config).preconditioning
+    sigma = torch.tensor([0.02, 1.0, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(again.sigma_from_c_noise(again.c_noise(sigma)), sigma)
+    _, its_own = make_student(student, student_scheduler, convert=True, smooth=True)
+    assert its_own.config.time_scale == student_scheduler.config.time_scale
+    assert not needs_conversion(student_scheduler, its_own)
+
+
+def test_a_time_that_is_smooth_already_is_kept(make_unet):
+    unet, scheduler = make_unet(), diffusers.EDMEulerScheduler()
+    student, student_scheduler = make_student(unet, scheduler, convert=True, smooth=True)
+    assert student_scheduler.config.family == "edm"
+    assert not needs_conversion(scheduler, student_scheduler)
+    assert torch.equal(outputs(student, student_scheduler), outputs(unet, scheduler))
+
+
+def test_a_time_that_cannot_be_made_smooth_is_told_of(make_unet, caplog):
+    unet = make_unet(time_embedding_type="fourier")
+    make_student(unet, diffusers.ScoreSdeVeScheduler(), convert=True, smooth=True)
+    assert "too rough to be differentiated" in caplog.text
+
+
+def test_a_smooth_time_is_not_the_discrete_one_of_lcm(unet):
+    with pytest.raises(ValueError, match="which those of continuous levels do not have"):
+        make_student(unet, diffusers.DDPMScheduler(), convert=True, smooth=True, boundary="lcm")
 
 
 def test_range_outside_the_teachers_is_refused(unet):
