@@ -32,7 +32,8 @@ compute than these students by far. The methods that have it by default get the 
 1 / (sigma - sigma_lower) instead. The study `metric` takes it for `fashion28`, and only where there is an accelerator.
 
 **Time.** All methods on `fashion16` with three seeds take nearly two hours on two cores with `--jobs 2`: a thread for
-each run, as two threads of one small network spend their time waiting for each other. `digits` takes longer, as its teacher is trained for longer; `fashion28` is for accelerators.
+each run, as two threads of one small network spend their time waiting for each other. `digits` takes longer, as its
+teacher is trained for longer; `fashion28` is for accelerators.
 
 A study that was killed goes on where it was when it is started again: finished runs are read from their result files,
 and one under way from its last checkpoint. Everything is in `--output_dir`: the classifier and the teachers of a

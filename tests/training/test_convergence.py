@@ -25,6 +25,7 @@ SHORT = {
     "cd": {"distance": "pseudo_huber", "num_levels": 20, "weighting": "inverse_gap", "mu": 0.5},
     "ct": {"distance": "pseudo_huber", "s1": 20, "weighting": "inverse_gap"},
 }
+STEPS = {"ct": 2000, "sct": 1000, "scd": 2000, "meanflow": 1200}
 
 
 @dataclass
@@ -86,7 +87,7 @@ def check(method, problem, monkeypatch, steps, share):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reaches_the_consistency_function_of_points(method, monkeypatch):
-    check(method, POINTS, monkeypatch, {"ct": 2000, "scd": 2000, "sct": 1000, "meanflow": 1200}.get(method, 700), share=0.5)
+    check(method, POINTS, monkeypatch, STEPS.get(method, 700), share=0.5)
 
 
 @pytest.mark.parametrize("method", ["ecd", "scd", "tcm"])
