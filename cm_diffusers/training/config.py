@@ -56,11 +56,11 @@ class ConsistencyConfig:
     sigma_max: float | None = _option(None, "where sampling starts")
     conversion_steps: int | None = _option(
         None,
-        "steps that first teach the student to predict v, or to see a smooth time; 0: off; by default a tenth if needed",
+        "steps that first teach a student to predict v, or to see a smooth time; by default a tenth if needed",
     )
     conversion_learning_rate: float | None = _option(
         None,
-        "peak learning rate of the conversion, which decays to 0; by default three times the default of the other",
+        "peak learning rate of the conversion, which decays to 0; by default three times that of the method",
     )
     few_step_sigmas: dict[str, list[float]] | None = _option(
         None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"
