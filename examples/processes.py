@@ -20,7 +20,7 @@ T, R = TypeVar("T"), TypeVar("R")
 def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_folder: Path) -> Iterator[R]:
     """The results of all tasks as they become ready: done here one after the other, or in so many processes.
 
-    When the caller ends before they do, the processes are sent SIGTERM.
+    When the caller ends before they do, the processes are sent SIGTERM until they have ended.
 
     Args:
         function (`Callable`): of a module, so that other processes find it.
@@ -48,8 +48,16 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
                 yield from (future.result() for future in done)
         finally:
             if running:
-                for process in multiprocessing.active_children():
-                    process.terminate()
+                end_children()
+
+
+def end_children() -> None:
+    """SIGTERM, again and again: who saves first and goes on to ask for a task may wait for one that has ended."""
+    while children := multiprocessing.active_children():
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(1)
 
 
 def start_worker(threads: int, log_folder: Path) -> None:

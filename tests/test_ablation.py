@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import ablation
@@ -291,6 +292,25 @@ def test_a_process_that_is_killed_does_not_let_the_others_wait_for_it(tmp_path, 
     monkeypatch.setattr(ablation, "carry_out", lambda *_: list(parallel(signal.raise_signal, kill, 2, tmp_path)))
     with pytest.raises(SystemExit, match="Start again"):
         study()
+
+
+def outlast_a_signal(seconds):
+    """As a run does, which saves and raises SystemExit."""
+    with pytest.MonkeyPatch.context():
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        try:
+            time.sleep(seconds)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return seconds
+
+
+def test_processes_end_with_their_caller_while_others_have_nothing_to_do(tmp_path):
+    found = parallel(outlast_a_signal, [0, 300], 2, tmp_path)
+    assert next(found) == 0
+    time.sleep(1)  # until the first waits for a task
+    found.close()
+    assert not multiprocessing.active_children()
 
 
 def test_processes_end_with_their_caller(tmp_path):

@@ -59,7 +59,8 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
     if reasons:
         raise ValueError(
             f"No stock pipeline computes this student: {'; '.join(reasons)}. Stock are students of EDM and "
-            "consistency networks, and unconditional variance-preserving ones trained with `boundary: lcm`."
+            "consistency networks, and unconditional variance-preserving ones trained with `boundary: lcm`; none of "
+            "continuous levels."
         )
     betas = {name: scheduler.config[name] for name in BETA_FIELDS.split() if name in scheduler.config}
     lcm = LCMScheduler(

@@ -60,7 +60,7 @@ class ConsistencyConfig:
     )
     conversion_learning_rate: float | None = _option(
         None,
-        "peak learning rate of the conversion, which decays to 0; by default three times that of the method",
+        "peak learning rate of the conversion, which decays to 0; by default three times the other's default",
     )
     few_step_sigmas: dict[str, list[float]] | None = _option(
         None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"
@@ -81,7 +81,9 @@ class ConsistencyConfig:
     source: Literal["teacher", "data"] | None = _option(None, "where the lower point comes from")
     solver: Literal["euler", "heun"] | None = _option(None, "the teacher's ODE step")
     target: Literal["ema", "student"] | None = _option(None, "which weights answer at the lower point")
-    mu: float | None = _option(None, "decay of the target EMA per step (mu0 for the progressive schedule); 0 is none")
+    mu: float | None = _option(
+        None, "decay of the target EMA per step (mu0 of 800,000 steps for the progressive schedule); 0 is none"
+    )
     mu_schedule: Literal["fixed", "progressive"] | None = _option(
         None, "progressive: mu follows N(k), and the length of runs below 800,000 steps"
     )
@@ -184,8 +186,9 @@ class ConsistencyConfig:
         """The config with the method's choices filled in, and checked against each other."""
         choices = {name: value for name, value in METHODS[self.method].items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **choices)
-        for name in choices.keys() & config._without_effect().keys():
-            setattr(config, name, None)  # of the method, and overridden by something else
+        while overridden := choices.keys() & config._without_effect().keys():  # of the method, by something else
+            for name in overridden:
+                setattr(config, name, None)
         if config.level_distribution == "lognormal":  # by default Song & Dhariwal's
             config.p_mean = -1.1 if config.p_mean is None else config.p_mean
             config.p_std = 2.0 if config.p_std is None else config.p_std

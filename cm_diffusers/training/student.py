@@ -57,6 +57,12 @@ def make_student(
         add_second_time(student)
     if getattr(preconditioning, "prediction_type", None) == "epsilon" and convert:
         overrides["prediction_type"] = "v_prediction"
+    if (
+        smooth
+        and not convert
+        and smooth_time(preconditioning).get("time_scale") != preconditioning.denoising.time_scale
+    ):
+        logger.warning("Without a conversion the student keeps a time that is too rough to be differentiated.")
     if smooth and convert:
         return student, _with_smooth_time(student, scheduler, preconditioning, overrides)
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")
@@ -81,7 +87,7 @@ def needs_conversion(teacher_scheduler: Any, student_scheduler: ConsistencySched
 
 
 def smooth_time(family: Preconditioning) -> dict[str, Any]:
-    """The fields of a scheduler by which a family's networks have a time that changes by about 1 while sigma doubles.
+    """The fields of a scheduler by which a family's networks have a time that hardly turns while sigma doubles.
 
     Networks see time through sines of up to one radian per unit. Where time goes to 1,000, or is 250 * ln(sigma), they
     answer neighbouring noise levels alike only on average: derivatives by sigma are ten times the differences that
@@ -105,7 +111,7 @@ def _with_smooth_time(
     if not fields:
         logger.warning("The network's own embedding of time may be too rough to be differentiated.")
     found = ConsistencyScheduler.from_teacher(scheduler, **{**overrides, **fields})
-    if found.preconditioning.time_scale != family.denoising.time_scale:
+    if fields and found.preconditioning.time_scale != family.denoising.time_scale:
         refit_time_embedding(student, family, found.preconditioning)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def _explain(teacher: Teacher, images: Tensor, **conditioning: Any) -> str:
         for other in ("epsilon", "v_prediction", "sample"):
             if other == base.prediction_type:
                 continue
-            guess = VPPreconditioning(base.alphas_cumprod, other, base.sigma_data)
+            guess = dataclasses.replace(base, prediction_type=other)
             if measure_teacher(Denoiser(teacher.unet, guess), images, **conditioning).excess < MOST_EXCESS:
                 return (
                     f"It does when read as `prediction_type={other!r}`; the config says {base.prediction_type!r}. "

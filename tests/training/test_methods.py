@@ -301,3 +301,8 @@ def test_a_resolved_config_resolves_to_itself(method):
 def test_a_method_with_other_levels_drops_what_only_its_own_need():
     config = ConsistencyConfig(method="ect", levels="fixed", num_levels=18).resolve()
     assert (config.levels, config.stages, config.mapping_base) == ("fixed", None, None)
+
+
+def test_what_a_method_chose_for_another_choice_goes_with_it():
+    config = ConsistencyConfig(method="ct", target="student", levels="fixed", num_levels=18).resolve()
+    assert (config.mu, config.mu_schedule, config.s0, config.s1) == (None, None, None, None)

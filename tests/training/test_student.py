@@ -135,7 +135,13 @@ def test_a_time_that_is_smooth_already_is_kept(make_unet):
 def test_a_time_that_cannot_be_made_smooth_is_told_of(make_unet, caplog):
     unet = make_unet(time_embedding_type="fourier")
     make_student(unet, diffusers.ScoreSdeVeScheduler(), convert=True, smooth=True)
-    assert "too rough to be differentiated" in caplog.text
+    assert "own embedding of time may be too rough to be differentiated" in caplog.text
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.DDPMScheduler(), diffusers.EDMEulerScheduler()])
+def test_a_rough_time_that_is_kept_is_told_of(make_unet, caplog, scheduler):
+    make_student(make_unet(), scheduler, convert=False, smooth=True)
+    assert ("too rough" in caplog.text) == isinstance(scheduler, diffusers.DDPMScheduler)
 
 
 def test_a_smooth_time_is_not_the_discrete_one_of_lcm(unet):
