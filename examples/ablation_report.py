@@ -86,8 +86,8 @@ def run_row(
 ) -> list[str]:
     config = run.config
     levels = config.few_step_sigmas or {}
-    figures = [figure(list(final_figures(found, nfe).values())) for nfe in NFES]
-    ratios = [ratio_to_teacher(final_figures(found, nfe), teachers) for nfe in NFES]
+    final = [final_figures(found, nfe) for nfe in NFES]
+    figures, ratios = [figure(list(fids.values())) for fids in final], [ratio_to_teacher(f, teachers) for f in final]
     seconds = figure([result["seconds"] for result in found.values() if "seconds" in result], "{:.0f}")
     shown = "; ".join(", ".join(f"{sigma:.3g}" for sigma in levels[nfe]) for nfe in ("2", "4") if nfe in levels)
     return [

@@ -296,12 +296,11 @@ def test_a_process_that_is_killed_does_not_let_the_others_wait_for_it(tmp_path, 
 
 def outlast_a_signal(seconds):
     """As a run does, which saves and raises SystemExit."""
-    with pytest.MonkeyPatch.context():
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-        try:
-            time.sleep(seconds)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    try:
+        time.sleep(seconds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return seconds
 
 

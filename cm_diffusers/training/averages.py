@@ -37,6 +37,10 @@ class Averages:
         found = {"ema": self.ema, "target": self.target, "first_stage": self.first_stage}
         return {name: average.network for name, average in found.items() if average is not None}
 
+    def asked(self) -> dict[str, nn.Module]:
+        """Those that answer in a training step; from the others only samples are drawn."""
+        return {name: network for name, network in self.networks().items() if name != "ema"}
+
     def restart(self, student: nn.Module, is_last: bool) -> None:
         """Begin a phase of training from the student as it is; what it was before the last one is kept.
 

@@ -60,7 +60,7 @@ class ConsistencyConfig:
     )
     conversion_learning_rate: float | None = _option(
         None,
-        "peak learning rate of the conversion, which decays to 0; by default three times the other's default",
+        "peak learning rate of the conversion, which decays to 0; by default three times `learning_rate`'s default",
     )
     few_step_sigmas: dict[str, list[float]] | None = _option(
         None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"

@@ -223,7 +223,7 @@ def _teacher_denoiser(config: ConsistencyConfig, teacher: Teacher | None) -> Den
 
 
 def conversion_steps(config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler) -> int:
-    """How long the student is converted before the method begins; 0 if it predicts what its teacher does."""
+    """How long the student is converted before the method begins; 0 if it says and is told what its teacher does."""
     if teacher is None or not needs_conversion(teacher.scheduler, scheduler):
         return 0
     if config.conversion_steps is not None:

@@ -68,11 +68,17 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
 
 
 def with_learning_rates(config: ConsistencyConfig, unet: Any) -> ConsistencyConfig:
-    """The config with the learning rates that it leaves open, after the student's width."""
+    """The config with the learning rates that it leaves open, after the student's width.
+
+    Raises:
+        `ValueError`: if the network's config does not say how wide it is.
+    """
+    if None not in (config.learning_rate, config.conversion_learning_rate):
+        return config
     channels = getattr(unet.config, "block_out_channels", None)
-    if channels is None and None in (config.learning_rate, config.conversion_learning_rate):
+    if channels is None:
         raise ValueError("The network's config has no `block_out_channels`: set both learning rates.")
-    rate = default_learning_rate(max(channels or [256]))
+    rate = default_learning_rate(max(channels))
     return dataclasses.replace(
         config, learning_rate=config.learning_rate or rate,
         conversion_learning_rate=config.conversion_learning_rate or 3 * rate,

@@ -57,14 +57,10 @@ def make_student(
         add_second_time(student)
     if getattr(preconditioning, "prediction_type", None) == "epsilon" and convert:
         overrides["prediction_type"] = "v_prediction"
-    if (
-        smooth
-        and not convert
-        and smooth_time(preconditioning).get("time_scale") != preconditioning.denoising.time_scale
-    ):
-        logger.warning("Without a conversion the student keeps a time that is too rough to be differentiated.")
     if smooth and convert:
         return student, _with_smooth_time(student, scheduler, preconditioning, overrides)
+    if smooth and smooth_time(preconditioning).get("time_scale") != preconditioning.denoising.time_scale:
+        logger.warning("Without a conversion the student keeps a time that is too rough to be differentiated.")
     becomes_stock = convert and overrides.get("boundary") in (None, "edm") and hasattr(student, "time_embedding")
     if isinstance(preconditioning, EDMPreconditioning) and becomes_stock:
         student_scheduler = ConsistencyScheduler.from_teacher(scheduler, family="consistency", **overrides)

@@ -147,13 +147,11 @@ class ConsistencyTrainer:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.averages = Averages(config, unet, self.global_batch_size)
-        averages = self.averages.networks()
-        for name, average in averages.items():
-            if name != "ema":  # whose network only samples are drawn from
-                lay_out(config, average, in_parts)
+        for average in self.averages.asked().values():
+            lay_out(config, average, in_parts)
         self.student, self.optimizer = self.accelerator.prepare(unet, make_optimizer(config, unet))
         self.unet = self.accelerator.unwrap_model(self.student)
-        for average in averages.values():
+        for average in self.averages.networks().values():
             shard_like_student(self.accelerator, average)
 
     def _make_phases(self) -> list[Phase]:
@@ -161,10 +159,9 @@ class ConsistencyTrainer:
         config, ends = self.config, (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
         self.companions = make_companions(config, self.teacher, ends, self.accelerator)
         beside = {name: companion.module for name, companion in self.companions.items()}
-        averages = {name: average for name, average in self.averages.networks().items() if name != "ema"}
         # Neither compiled graphs nor hooks that gather weights pass derivatives on.
         forward_mode = not (config.compile or is_sharded(self.accelerator))
-        networks = Networks(self.student, **averages, **beside, forward_mode=forward_mode)
+        networks = Networks(self.student, **self.averages.asked(), **beside, forward_mode=forward_mode)
         return make_phases(config, self.teacher, self.scheduler, networks, self.accelerator.device)
 
     # Training -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import datasets
 import diffusers
@@ -19,6 +20,7 @@ from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.training import checkpoints, health
 from cm_diffusers.training.checkpoints import CheckpointError
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
+from cm_diffusers.training.preparation import with_learning_rates
 
 IMAGES = Gaussian(std=0.3).draw((64, 3, 8, 8), torch.Generator().manual_seed(0)).clamp(-1, 1)
 
@@ -341,6 +343,14 @@ def test_the_rates_follow_the_width_unless_they_are_given(tmp_path):
     assert trainer.config.learning_rate == pytest.approx(4e-4)
     trainer = make_trainer(tmp_path, learning_rate=1e-5, conversion_learning_rate=1e-2)
     assert [phase.learning_rate for phase in trainer.phases] == [1e-2, 1e-5]
+
+
+def test_a_network_that_does_not_say_how_wide_it_is_needs_rates():
+    network = SimpleNamespace(config=SimpleNamespace())
+    with pytest.raises(ValueError, match="set both learning rates"):
+        with_learning_rates(ConsistencyConfig(learning_rate=1e-4), network)
+    given = ConsistencyConfig(learning_rate=1e-4, conversion_learning_rate=3e-4)
+    assert with_learning_rates(given, network) == given
 
 
 def test_resuming_another_run_is_refused_with_the_difference(tmp_path):

@@ -151,9 +151,8 @@ class NormalizedTangent:
     constant: float = 0.1
 
     def __call__(self, tangent: Tensor) -> Tensor:
-        entries = tangent[0].numel()
-        size = tangent.flatten(1).square().mean(1).sqrt()
-        return tangent / expand(size + self.constant / math.sqrt(entries), tangent)
+        norm = tangent.flatten(1).norm(dim=1)
+        return tangent * expand(math.sqrt(tangent[0].numel()) / (norm + self.constant), tangent)
 
 
 @dataclass(frozen=True)
