@@ -30,13 +30,13 @@ from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import eight_bits, student_sampler, teacher_sampler
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.phases import conversion_steps
-from cm_diffusers.training.preparation import prepare_student
+from cm_diffusers.training.preparation import identify_scheduler, prepare_student
 from cm_diffusers.training.teacher import Teacher, load_teacher
 
 OK, DIVERGED, NOT_FINITE = "ok", "diverged", "not finite"
 NFES = (1, 2, 4)
 CURVE_POINTS = 6  # of a run's training at which the student is measured
-TEACHER_SAMPLERS = (("euler", 20), ("heun", 11), ("heun", 23), ("heun", 35))
+TEACHER_SAMPLERS = (("euler", 20), ("heun", 11), ("heun", 23), ("heun", 35), ("heun", 79))
 FIXED = frozenset(
     "teacher dataset output_dir seed resume max_train_steps checkpoint_steps checkpoint_limit eval_steps push_to_hub "
     "tracker".split()
@@ -123,13 +123,16 @@ def plan(setting: Setting, overrides: dict[str, Any], budget: float) -> Consiste
     if taken := sorted(FIXED & overrides.keys()):
         raise ValueError(f"`{taken[0]}` is set by the study.")
     config = ConsistencyConfig.from_dict({**common_settings(setting), **overrides}).resolve()
-    # Only the scheduler counts here: a network of any size will do.
-    teacher = Teacher(make_unet(setting.size, (8,)), diffusers.DDPMScheduler(), "")
-    teacher = None if config.unet_config else teacher
+    teacher = stand_in(config, setting)
     config = with_steps(config, teacher, int(budget * setting.teacher_passes))
     if config.few_step_sigmas is None:
         config = changed(config, few_step_sigmas=few_step_levels(prepare_student(config, teacher)[1]))
     return config
+
+
+def stand_in(config: ConsistencyConfig, setting: Setting) -> Teacher | None:
+    """A teacher for where only its scheduler counts, and a network of any size will do."""
+    return None if config.unet_config else Teacher(make_unet(setting.size, (8,)), diffusers.DDPMScheduler(), "")
 
 
 def with_steps(config: ConsistencyConfig, teacher: Teacher | None, passes: int) -> ConsistencyConfig:
@@ -283,7 +286,8 @@ def measure_teacher(setting: Setting, folder: Path, seed: int) -> list[dict[str,
 def identity(run: Run, evaluator: Evaluator) -> dict[str, Any]:
     """What a result depends on."""
     config = {name: value for name, value in run.config.to_dict().items() if name not in ("output_dir", "resume")}
-    return {**config, "protocol": dataclasses.asdict(evaluator.protocol)}
+    scheduler = prepare_student(run.config, stand_in(run.config, run.setting))[1]
+    return {**config, "scheduler": identify_scheduler(scheduler), "protocol": dataclasses.asdict(evaluator.protocol)}
 
 
 def read_result(run: Run) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from cm_diffusers.training.objectives.tangents import (
     WarmUp,
 )
 from cm_diffusers.training.objectives.weights import AdaptivelyWeighted
-from cm_diffusers.training.schedules import learning_rate, make_levels, make_sigmas
+from cm_diffusers.training.schedules import Rate, make_levels, make_sigmas
 from cm_diffusers.training.solvers import SOLVERS, Denoise
 from cm_diffusers.training.student import needs_conversion
 from cm_diffusers.training.teacher import Teacher
@@ -52,7 +52,7 @@ class Phase:
         name (`str`): [`CONVERSION`], or the method's.
         objective ([`~cm_diffusers.training.objectives.Objective`]): what is minimised.
         start, steps (`int`): its first step in the run, and how many it has.
-        learning_rate (`float`), lr_schedule (`str`), lr_warmup_steps (`int`): as in the config.
+        learning_rate_at ([`~cm_diffusers.training.schedules.Rate`]): of a step, counted from the phase's beginning.
         describe (`Callable[[int], dict[str, float]]`): where its curriculum stands, for the log.
     """
 
@@ -60,19 +60,13 @@ class Phase:
     objective: Objective
     start: int
     steps: int
-    learning_rate: float
-    lr_schedule: str
-    lr_warmup_steps: int
+    learning_rate_at: Rate
     describe: Callable[[int], dict[str, float]] = lambda step: {}
 
     @property
     def is_method(self) -> bool:
         """Whether a consistency function is trained, and not only prepared for."""
         return self.name != CONVERSION
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from the beginning of the phase."""
-        return learning_rate(step, self.steps, self.learning_rate, self.lr_schedule, self.lr_warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,10 @@ def make_phases(
 ) -> list[Phase]:
     """The phases of a resolved config with learning rates; the method itself is the last, or the last two."""
     phases: list[Phase] = []
-    assert config.learning_rate is not None
-    own_rates = (config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
 
-    def add(
-        name: str, objective: Objective, steps: int, rates: tuple[float, str, int] = own_rates, **rest: Any
-    ) -> None:
+    def add(name: str, objective: Objective, steps: int, rate: Rate, **rest: Any) -> None:
         start = phases[-1].start + phases[-1].steps if phases else 0
-        phases.append(Phase(name, objective, start, steps, *rates, **rest))
+        phases.append(Phase(name, objective, start, steps, rate, **rest))
 
     steps = conversion_steps(config, teacher, scheduler)
     if steps and teacher is not None:
@@ -127,7 +117,7 @@ def make_phases(
         conversion = ConversionObjective(
             own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho, flow_map=now.flow_map
         )
-        add(CONVERSION, conversion, steps, rates=(config.conversion_learning_rate, "cosine", steps // 20))
+        add(CONVERSION, conversion, steps, Rate(config.conversion_learning_rate, steps, "cosine", steps // 20))
 
     def with_terms(objective: Objective) -> Objective:
         if networks.log_loss is not None:
@@ -137,14 +127,17 @@ def make_phases(
             objective = Adversarial(objective, networks.discriminator, teacher, config.adversarial_weight, *ends)
         return objective
 
+    assert config.learning_rate is not None
+    rate = Rate(config.learning_rate, config.max_train_steps, config.lr_schedule, config.lr_warmup_steps)
     if config.levels == "continuous":
         tangents = _tangent_objective(config, teacher, scheduler, networks)
-        add(config.method, with_terms(tangents), config.max_train_steps)
+        add(config.method, with_terms(tangents), config.max_train_steps, rate)
         return phases
+    taken = 0
     for levels, steps in stages(config, scheduler):
-        second = len(phases) > 0 and phases[-1].is_method
-        objective = _pair_objective(config, teacher, scheduler, networks, levels, device, second)
-        add(config.method, with_terms(objective), steps, describe=levels.describe)
+        objective = _pair_objective(config, teacher, scheduler, networks, levels, device, is_truncated=taken > 0)
+        add(config.method, with_terms(objective), steps, rate.after(taken), describe=levels.describe)
+        taken += steps
     return phases
 
 

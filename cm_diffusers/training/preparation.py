@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -120,6 +121,12 @@ def prepare_data(
         dataset, spec, image_column=config.image_column, label_column=config.label_column,
         on_bad_image=config.on_bad_image, num_classes=num_classes,
     )  # fmt: skip
+
+
+def identify_scheduler(scheduler: ConsistencyScheduler) -> dict[str, Any]:
+    """What tells the function that a student learns from another: its scheduler's config without sampling's levels."""
+    config = json.loads(scheduler.to_json_string())
+    return {name: value for name, value in config.items() if name[0] != "_" and name != "few_step_sigmas"}
 
 
 def identify(dataset: Any) -> dict[str, Any]:

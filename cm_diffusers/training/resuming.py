@@ -148,8 +148,15 @@ def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Pa
         if spec.name not in FREE_TO_CHANGE and was != now:
             differences.append(f"{spec.name} was {was!r} and is {now!r}")
     for name in (identity.keys() | saved.keys()) - {"config", "step", "data", "scaler", "progress"}:
-        if saved.get(name) != identity.get(name):
-            differences.append(f"the {name.replace('_', ' ')} was {saved.get(name)!r} and is {identity.get(name)!r}")
+        differences += compare(f"the {name.replace('_', ' ')}", saved.get(name), identity.get(name))
     if differences:
         raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(sorted(differences))}.")
     return folder, saved
+
+
+def compare(name: str, was: Any, now: Any) -> list[str]:
+    """The differences of two values, in words; of two mappings, of what they hold."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted(was.keys() | now.keys())
+        return [text for key in keys for text in compare(f"{name}'s {key}", was.get(key), now.get(key))]
+    return [] if was == now else [f"{name} was {was!r} and is {now!r}"]

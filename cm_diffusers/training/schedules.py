@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,24 +38,38 @@ def default_learning_rate(channels: int) -> float:
     return min(1e-4 * 256 / channels, 1e-3)
 
 
-def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int = 0) -> float:
+@dataclass(frozen=True)
+class Rate:
     """The learning rate of step 0, 1, ...: a linear warm-up, then constant, or a linear or cosine way down to 0.
 
     Args:
-        step (`int`): steps taken so far.
-        total_steps (`int`): steps in all.
         peak (`float`): the highest rate.
+        total_steps (`int`): steps in all.
         schedule (`str`): `"constant"`, `"linear"` or `"cosine"`.
         warmup_steps (`int`): steps until the peak.
+        taken (`int`): steps of it that came before the one that is called 0.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    if schedule == "linear":
-        return peak * (1 - progress)
-    if schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * progress)) / 2
-    return peak
+
+    peak: float
+    total_steps: int
+    schedule: str
+    warmup_steps: int = 0
+    taken: int = 0
+
+    def __call__(self, step: int) -> float:
+        step += self.taken
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
+        if self.schedule == "linear":
+            return self.peak * (1 - progress)
+        if self.schedule == "cosine":
+            return self.peak * (1 + math.cos(math.pi * progress)) / 2
+        return self.peak
+
+    def after(self, steps: int) -> Rate:
+        """The same rate, for a stage that begins after so many steps."""
+        return dataclasses.replace(self, taken=self.taken + steps)
 
 
 def num_levels_schedule(config: ConsistencyConfig) -> Callable[[int], int]:

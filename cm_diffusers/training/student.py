@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # What the time of a student with a smooth one ends at, where its teacher's ends at 1,000.
 SMOOTH_TIME = 10.0
+# Of the fit of a first time layer to one that is as fine as the old, and to a smooth one, whose features hardly differ.
+# There, smaller ones buy no better fit, but weights of 50, whose sums have no digits left in bfloat16.
+RIDGE, SMOOTH_RIDGE = 1e-6, 1e-3
 
 
 def make_student(
@@ -108,7 +111,7 @@ def _with_smooth_time(
         logger.warning("The network's own embedding of time may be too rough to be differentiated.")
     found = ConsistencyScheduler.from_teacher(scheduler, **{**overrides, **fields})
     if fields and found.preconditioning.time_scale != family.denoising.time_scale:
-        refit_time_embedding(student, family, found.preconditioning)
+        refit_time_embedding(student, family, found.preconditioning, SMOOTH_RIDGE)
     return found
 
 
@@ -161,11 +164,19 @@ def flip_sign(unet: Any) -> None:
 
 
 @torch.no_grad()
-def refit_time_embedding(unet: Any, old: Preconditioning, new: Preconditioning, num_points: int = 4096) -> float:
+def refit_time_embedding(
+    unet: Any, old: Preconditioning, new: Preconditioning, ridge: float = RIDGE, num_points: int = 4096
+) -> float:
     """Give the network's first time layer a new time, in place, by linear least squares over the range of sigma.
 
     Both times are smooth functions of ln sigma, and the layer sees them through sines and cosines of many frequencies,
     so that the new layer reproduces the old one's output almost exactly; as far as the new time is fine enough.
+
+    Args:
+        old, new ([`~cm_diffusers.preconditioning.Preconditioning`]): what tells the network its time, until now and
+            from now on.
+        ridge (`float`): keeps the weights small where the features are nearly dependent.
+        num_points (`int`): noise levels of the fit.
 
     Returns:
         `float`: root mean square error of the layer's output, relative to its standard deviation.
@@ -183,8 +194,7 @@ def refit_time_embedding(unet: Any, old: Preconditioning, new: Preconditioning, 
     weight = torch.cat([layer.weight, layer.bias[:, None]], dim=1).double().cpu()
     wanted = features(old.c_noise(sigma)) @ weight.T
     design = features(new.c_noise(sigma))
-    # A ridge keeps the weights small where the features are nearly dependent.
-    gram = design.T @ design + 1e-6 * num_points * torch.eye(design.shape[1], dtype=torch.float64)
+    gram = design.T @ design + ridge * num_points * torch.eye(design.shape[1], dtype=torch.float64)
     fitted = torch.linalg.solve(gram, design.T @ wanted)
     layer.weight.copy_(fitted[:-1].T)
     layer.bias.copy_(fitted[-1])

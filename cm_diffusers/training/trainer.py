@@ -29,7 +29,13 @@ from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.phases import Networks, Phase, make_phases
-from cm_diffusers.training.preparation import identify, prepare_data, prepare_student, with_learning_rates
+from cm_diffusers.training.preparation import (
+    identify,
+    identify_scheduler,
+    prepare_data,
+    prepare_student,
+    with_learning_rates,
+)
 from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
@@ -454,6 +460,7 @@ class ConsistencyTrainer:
         identity = {
             "config": self.config.to_dict(), "global_batch_size": self.global_batch_size,
             "precision": precision(self.accelerator), "dataset": self.dataset_identity,
+            "scheduler": identify_scheduler(self.scheduler),
         }  # fmt: skip
         if self.batches.is_stream:  # whose parts belong to processes and their workers
             identity["processes"], identity["workers"] = self.accelerator.num_processes, self.batches.num_workers

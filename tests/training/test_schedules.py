@@ -5,7 +5,7 @@ import torch
 
 from cm_diffusers.training import ConsistencyConfig
 from cm_diffusers.training.ema import decay_for_half_life
-from cm_diffusers.training.schedules import default_learning_rate, grid_length, learning_rate, make_levels, mu_schedule
+from cm_diffusers.training.schedules import default_learning_rate, Rate, grid_length, make_levels, mu_schedule
 
 
 def test_wider_networks_learn_at_a_lower_rate():
@@ -14,16 +14,21 @@ def test_wider_networks_learn_at_a_lower_rate():
 
 
 def test_learning_rate_warms_up_to_its_peak():
-    rates = [learning_rate(k, 100, 1.0, "constant", warmup_steps=4) for k in range(6)]
+    rates = [Rate(1.0, 100, "constant", warmup_steps=4)(k) for k in range(6)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(("schedule", "half"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
 def test_learning_rate_schedules(schedule, half):
-    assert learning_rate(0, 100, 1.0, schedule) == pytest.approx(1.0)
-    assert learning_rate(50, 100, 1.0, schedule) == pytest.approx(half)
-    end = learning_rate(100, 100, 1.0, schedule)
+    assert Rate(1.0, 100, schedule)(0) == pytest.approx(1.0)
+    assert Rate(1.0, 100, schedule)(50) == pytest.approx(half)
+    end = Rate(1.0, 100, schedule)(100)
     assert end == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+
+
+def test_a_later_stage_goes_on_at_the_rate_of_the_earlier_one():
+    whole = Rate(1.0, 100, "cosine", warmup_steps=5)
+    assert [whole.after(40)(k) for k in range(61)] == [whole(40 + k) for k in range(61)]
 
 
 def test_ct_follows_the_papers_curriculum():

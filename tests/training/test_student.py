@@ -124,6 +124,18 @@ def test_a_smooth_student_can_be_differentiated_by_its_time_and_its_teacher_cann
     assert not needs_conversion(student_scheduler, its_own)
 
 
+@pytest.mark.parametrize("family", SCHEDULERS)
+def test_a_smooth_time_survives_half_precision(make_unet, family):
+    unet, scheduler = make_unet(block_out_channels=(64,), norm_num_groups=8), SCHEDULERS[family]
+    student, student_scheduler = make_student(unet, scheduler, convert=True, smooth=True)
+    times = student_scheduler.preconditioning.c_noise(torch.logspace(-1.5, 1.5, 64, dtype=torch.float64)).float()
+    projected = student.time_proj(times)
+    with torch.no_grad():
+        whole = student.time_embedding(projected)
+        half = student.time_embedding.bfloat16()(projected.bfloat16()).float()
+    assert float((half - whole).norm() / (whole - whole.mean(0)).norm()) < 0.02
+
+
 def test_a_time_that_is_smooth_already_is_kept(make_unet):
     unet, scheduler = make_unet(), diffusers.EDMEulerScheduler()
     student, student_scheduler = make_student(unet, scheduler, convert=True, smooth=True)

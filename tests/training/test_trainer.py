@@ -339,10 +339,10 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path):
 def test_the_rates_follow_the_width_unless_they_are_given(tmp_path):
     teacher = build_unet(block_out_channels=(64,)), diffusers.DDPMScheduler()
     trainer = make_trainer(tmp_path, teacher)
-    assert [phase.learning_rate for phase in trainer.phases] == pytest.approx([1.2e-3, 4e-4])
+    assert [phase.learning_rate_at.peak for phase in trainer.phases] == pytest.approx([1.2e-3, 4e-4])
     assert trainer.config.learning_rate == pytest.approx(4e-4)
     trainer = make_trainer(tmp_path, learning_rate=1e-5, conversion_learning_rate=1e-2)
-    assert [phase.learning_rate for phase in trainer.phases] == [1e-2, 1e-5]
+    assert [phase.learning_rate_at.peak for phase in trainer.phases] == [1e-2, 1e-5]
 
 
 def test_a_network_that_does_not_say_how_wide_it_is_needs_rates():
@@ -501,13 +501,17 @@ def test_a_resumed_run_may_split_its_batch_otherwise(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 4}, "the global batch size was 8 and is 4"),
-        ({"images": IMAGES.flip(0)}, "the dataset was .*digest.* and is"),
-        ({"images": IMAGES[:-1]}, "the dataset was .*64.* and is .*63"),
+        ({"images": IMAGES.flip(0)}, "the dataset's digest was .* and is"),
+        ({"images": IMAGES[:-1]}, "the dataset's .* was 64 and is 63"),
         ({"images": "stream", "num_workers": 2}, "the workers was 0 and is 2"),
+        (
+            {"teacher": (build_unet(), diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))},
+            "the scheduler's beta_schedule was 'linear' and is 'squaredcos_cap_v2'",
+        ),
     ],
     ids=str,
 )
-def test_resuming_with_other_data_is_refused(changes, message, tmp_path):
+def test_resuming_with_other_data_or_another_teacher_is_refused(changes, message, tmp_path):
     first = {"images": stream_of_images()} if changes.get("images") == "stream" else {}
     make_trainer(tmp_path, checkpoint_steps=6, **first).train()
     with pytest.raises(ValueError, match=message):
