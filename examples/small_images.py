@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cm_diffusers.training.ema import EMA, decay_for_half_life
-from cm_diffusers.training.schedules import learning_rate
+from cm_diffusers.training.schedules import Rate
 from cm_diffusers.training.teacher import Teacher
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
@@ -91,9 +91,10 @@ def train_teacher(unet: UNet2DModel, images: Tensor, steps: int, batch_size: int
     """
     scheduler, average = DDPMScheduler(), EMA(unet)
     optimizer = torch.optim.Adam(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
+    rate = Rate(2e-3, steps, "cosine", warmup_steps=100)
     for step in tqdm(range(steps), desc="teacher"):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 2e-3, "cosine", warmup_steps=100)
+            group["lr"] = rate(step)
         clean = images[torch.randint(len(images), (batch_size,))].to(unet.device)
         noise, timesteps = torch.randn_like(clean), torch.randint(1000, (batch_size,)).to(unet.device)
         predicted = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample

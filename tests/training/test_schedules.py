@@ -5,7 +5,7 @@ import torch
 
 from cm_diffusers.training import ConsistencyConfig
 from cm_diffusers.training.ema import decay_for_half_life
-from cm_diffusers.training.schedules import default_learning_rate, Rate, grid_length, make_levels, mu_schedule
+from cm_diffusers.training.schedules import Rate, default_learning_rate, grid_length, make_levels, mu_schedule
 
 
 def test_wider_networks_learn_at_a_lower_rate():
