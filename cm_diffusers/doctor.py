@@ -259,14 +259,14 @@ def _bytes_kept(trainer: ConsistencyTrainer, batch: dict[str, torch.Tensor]) -> 
         networks.append(objective.distance)
     if trainer.teacher is not None:
         networks.append(trainer.teacher.unet)
-    batch = trainer.to_device(batch)
+    batch = trainer.stepper.to_device(batch)
     with Kept(*networks).counting() as kept:
-        trainer.losses(phase, 0, batch)
+        trainer.stepper.losses(phase, phase.start, batch)
     if not trainer.config.gradient_checkpointing:
         return kept.bytes
     trainer.unet.disable_gradient_checkpointing()
     with Kept(*networks).counting() as everything, everything.by_block(trainer.unet) as blocks:
-        trainer.losses(phase, 0, batch)
+        trainer.stepper.losses(phase, phase.start, batch)
     trainer.unet.enable_gradient_checkpointing()
     return kept.bytes + max(blocks.values(), default=0)  # one block at a time is computed again
 

@@ -10,6 +10,7 @@ Studies, after the ablations of Song et al. 2023:
     solver        the teacher's step, Euler's or Heun's, on 18 and on 40 noise levels
     num_levels    the number of noise levels N
     mu            the decay of the target's average; 0 is the student itself
+    data_terms    what distillation gains by real images: a part of the batch, or an adversarial term
 
 or runs of your own: a YAML file of names, each with fields of ConsistencyConfig (`cm-diffusers distill --help`):
 
@@ -71,7 +72,7 @@ SETTINGS = {
     "fashion16": Setting("fashion16", 16, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.48),
     "fashion28": Setting("fashion28", 28, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.84),
 }
-STUDIES = ("methods", "metric", "solver", "num_levels", "mu")
+STUDIES = ("methods", "metric", "solver", "num_levels", "mu", "data_terms")
 
 
 # What is compared ---------------------------------------------------------------------------------------------------
@@ -83,6 +84,11 @@ def study_runs(study: str, setting: Setting) -> dict[str, dict[str, Any]]:
     if study == "methods":
         perceptual = {name for name, choices in METHODS.items() if choices.get("distance") == "lpips"}
         return {name: {"method": name, **(lpips_instead if name in perceptual else {})} for name in METHODS}
+    if study == "data_terms":
+        base = {"method": "scd", "real_data": 0.0, "adversarial_weight": 0.0}
+        shares = {f"real-{share:g}": {**base, "real_data": share} for share in (0.1, 0.25, 0.5)}
+        weights = {f"adversarial-{weight:g}": {**base, "adversarial_weight": weight} for weight in (0.03, 0.1, 0.3)}
+        return {"none": base, **shares, **weights}
     base = {"method": "cd", "num_levels": 18, "solver": "heun", "mu": 0.0, **lpips_instead}
     changes: dict[str, dict[str, Any]] = {
         "metric": {

@@ -157,7 +157,11 @@ def test_the_study_of_methods_takes_all_and_replaces_lpips_alone():
 def test_a_study_varies_one_choice(study):
     runs = ablation.study_runs(study, TINY)
     varied = {name for fields in runs.values() for name in fields if fields[name] != next(iter(runs.values()))[name]}
-    assert varied == {"metric": {"distance", "huber_c"}, "solver": {"solver", "num_levels"}}.get(study, {study})
+    several = {
+        "metric": {"distance", "huber_c"}, "solver": {"solver", "num_levels"},
+        "data_terms": {"real_data", "adversarial_weight"},
+    }  # fmt: skip
+    assert varied == several.get(study, {study})
     assert all(plan(TINY, fields, 10).max_train_steps for fields in runs.values())
 
 

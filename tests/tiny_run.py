@@ -63,11 +63,11 @@ def slow_down_the_disk() -> None:
 def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
     """The loss of every step over all processes, filled while it trains."""
     losses: dict[int, float] = {}
-    optimise, pause = trainer._optimise, float(os.environ.get("TINY_PAUSE", 0))
-    losses_of, bad_step = trainer.losses, int(os.environ.get("TINY_BAD_STEP", -1))
+    stepper, pause = trainer.stepper, float(os.environ.get("TINY_PAUSE", 0))
+    losses_of, bad_step = stepper.losses, int(os.environ.get("TINY_BAD_STEP", -1))
 
-    def watched(phase, batches):
-        record = optimise(phase, batches)
+    def watched(phase, step, batches):
+        record = stepper(phase, step, batches)
         losses[record.step] = float(trainer.accelerator.reduce(record.losses.mean(), "mean"))
         if trainer.accelerator.is_main_process:
             print("step", record.step, flush=True)
@@ -78,7 +78,7 @@ def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
         found = losses_of(*arguments)
         return found._replace(values=found.values * float("nan")) if trainer.step == bad_step else found
 
-    trainer._optimise, trainer.losses = watched, poisoned
+    trainer.stepper, stepper.losses = watched, poisoned
     return losses
 
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 # What the time of a student with a smooth one ends at, where its teacher's ends at 1,000.
 SMOOTH_TIME = 10.0
-# Of the fit of a first time layer to one that is as fine as the old, and to a smooth one, whose features hardly differ.
-# There, smaller ones buy no better fit, but weights of 50, whose sums have no digits left in bfloat16.
+# Of the fit of a first time layer to a time that is as fine as the old, and to a smooth one, whose features hardly
+# differ: there, a smaller ridge buys no better fit, but weights of 50, whose sums have no digits left in bfloat16.
 RIDGE, SMOOTH_RIDGE = 1e-6, 1e-3
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import send
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints, saving
 from cm_diffusers.training.averages import Averages
@@ -26,8 +25,7 @@ from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.ema import whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch
 from cm_diffusers.training.loading import Batches, first_images
-from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
+from cm_diffusers.training.optimizers import make_optimizer
 from cm_diffusers.training.phases import Networks, Phase, make_phases
 from cm_diffusers.training.preparation import (
     identify,
@@ -36,11 +34,9 @@ from cm_diffusers.training.preparation import (
     prepare_student,
     with_learning_rates,
 )
-from cm_diffusers.training.randomness import SampleRandom, mixed
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
-    autocast,
     check_writable,
     end_training,
     in_precision,
@@ -51,13 +47,13 @@ from cm_diffusers.training.runtime import (
     settle,
 )
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
+from cm_diffusers.training.stepping import Stepper
 from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-DROPOUT = 3  # keeps the dropout masks apart from what else is drawn with the run's seed
 
 
 class ConsistencyTrainer:
@@ -117,6 +113,7 @@ class ConsistencyTrainer:
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
         self.meter = Meter(self.accelerator, self.global_batch_size, ends)
+        self.stepper = Stepper(config, self.accelerator, self.student, self.optimizer, self.companions, self.meter)
 
     # Preparation ----------------------------------------------------------------------------------------------------
 
@@ -252,76 +249,10 @@ class ConsistencyTrainer:
 
     def advance(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
         """Take one step, with nothing around it."""
-        record = self._optimise(phase, batches)
+        record = self.stepper(phase, self.step, batches)
         self.averages.follow(self.unet, self.step - phase.start, phase.is_method)
         self.step += 1
         return record
-
-    def _optimise(self, phase: Phase, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
-        """One optimiser step over all its micro-steps."""
-        step = self.step - phase.start
-        rate = phase.learning_rate_at(step)
-        set_learning_rate(self.optimizer, self.config, rate, self.step)
-        inputs: list[dict[str, Tensor]] = []
-        means = []
-        norm = torch.zeros((), device=self.accelerator.device)
-        for micro in range(self.config.gradient_accumulation_steps):
-            with self.meter.clock("data"):
-                inputs.append(self._next(batches))
-            torch.manual_seed(mixed(DROPOUT, self.config.seed, self.step, micro, self.accelerator.process_index))
-            with self.accelerator.accumulate(self.student):
-                with self.meter.clock("forward"):
-                    losses = self.losses(phase, step, inputs[-1])
-                with self.meter.clock("backward"):
-                    loss = losses.values.mean()
-                    self.accelerator.backward(loss)
-                self.meter.add_losses(losses)
-                means.append(loss.detach())
-                with self.meter.clock("optimizer"):
-                    if self.accelerator.sync_gradients:
-                        norm = self._gradient_norm()
-                        for companion in self.companions.values():
-                            companion.step(~norm.isfinite())
-                            companion.zero_grad()
-                        take_step(self.optimizer, ~norm.isfinite())
-                    self.optimizer.zero_grad()
-        self.meter.add_step(norm)
-        values = {"phase": phase.name, "learning_rate": rate, "config": self.config.to_dict()}
-        return StepRecord(self.step, inputs, torch.stack(means), norm, ~norm.isfinite(), values)
-
-    def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = next(batches, None)
-        if batch is None:
-            raise ValueError(f"The dataset ended at step {self.step}: it cannot be read again, or is below one batch.")
-        return self.to_device(batch)
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch as the networks take it; the seeds stay on the CPU."""
-        batch = send_to_device(batch, self.accelerator.device, non_blocking=True, skip_keys=["seed"])
-        if self.config.channels_last:
-            batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
-        return batch
-
-    def losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
-        """The losses of one micro-step, `step` steps into `phase`, for a batch on the device."""
-        images, random = batch["images"], SampleRandom(batch["seed"], batch["images"].device)
-        with autocast(self.accelerator):
-            return phase.objective.losses(images, step, random, **self._conditioning(batch, random))
-
-    def _gradient_norm(self) -> Tensor:
-        """Clip the gradient; returns its norm before."""
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return torch.as_tensor(norm, device=self.accelerator.device)
-
-    def _conditioning(self, batch: dict[str, Tensor], random: SampleRandom) -> dict[str, Tensor]:
-        labels = batch.get("class_labels")
-        if labels is None or self.unet.config.num_class_embeds is None:
-            return {}
-        if self.config.label_dropout:
-            dropped = send(random.uniform() < self.config.label_dropout, labels.device)
-            labels = labels.masked_fill(dropped, self.config.null_class_label or 0)
-        return {"class_labels": labels}
 
     @torch.no_grad()
     def check_teacher(self) -> TeacherReport | None:

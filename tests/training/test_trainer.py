@@ -152,14 +152,14 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 
 def losses_of(trainer):
     """Train, and return the mean loss of every step."""
-    losses, optimise = [], trainer._optimise
+    losses, stepper = [], trainer.stepper
 
-    def recorded(phase, batches):
-        record = optimise(phase, batches)
+    def recorded(phase, step, batches):
+        record = stepper(phase, step, batches)
         losses.append(record.losses.mean())
         return record
 
-    trainer._optimise = recorded
+    trainer.stepper = recorded
     trainer.train()
     return torch.stack(losses)
 
@@ -457,23 +457,23 @@ def test_a_bad_step_is_left_out_counted_and_dumped(optimizer, tmp_path, caplog):
     dumped = load_file(tmp_path / "bad-steps" / "step-00000002-rank-0.safetensors")
     # What was dumped can be taken again.
     batch = {name.split(".")[0]: value for name, value in dumped.items()}
-    assert trainer.losses(trainer.phases[-1], 2, batch).values.isnan().all()
-    assert trainer.losses(trainer.phases[-1], 3, batch).values.isfinite().all()
+    assert trainer.stepper.losses(trainer.phases[-1], 2, batch).values.isnan().all()
+    assert trainer.stepper.losses(trainer.phases[-1], 3, batch).values.isfinite().all()
 
 
 def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
     settings = {"checkpoint_steps": 100, "max_train_steps": 10}
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
-    trainer, optimise = make_trainer(tmp_path / "told", **settings), None
-    optimise = trainer._optimise
+    trainer = make_trainer(tmp_path / "told", **settings)
+    stepper = trainer.stepper
 
-    def told_at_three(phase, batches):
-        if trainer.step == 3:
+    def told_at_three(phase, step, batches):
+        if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return optimise(phase, batches)
+        return stepper(phase, step, batches)
 
-    trainer._optimise = told_at_three
+    trainer.stepper = told_at_three
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match=r"the run is saved in .*step-0000000\d") as stopped:
         trainer.train()
