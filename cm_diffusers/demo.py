@@ -111,7 +111,7 @@ def _sampling(
 
 
 def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], most_steps: int) -> None:
-    pipeline = ConsistencyInpaintPipeline(**student.components, null_class_label=student.config.null_class_label)
+    pipeline = ConsistencyInpaintPipeline.from_pipe(student)
     pipeline.set_progress_bar_config(disable=True)
     gradio.Markdown("Load a picture or draw one, paint over what shall change, and repaint.")
     with gradio.Row():

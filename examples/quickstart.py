@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.evaluation import frechet_distance
 from cm_diffusers.noise_levels import karras_grid
-from cm_diffusers.training.solvers import euler_step, heun_step, integrate
+from cm_diffusers.solvers import euler_step, heun_step, integrate
 from cm_diffusers.training.teacher import Teacher
 
 NUM_SAMPLES = 2000

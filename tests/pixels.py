@@ -9,8 +9,8 @@ import torch
 from closed_form import PointMixture
 from torch import Tensor, nn
 
+from cm_diffusers.solvers import heun_step
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import heun_step
 
 SIGMA_MIN, SIGMA_MAX = 0.02, 10.0
 

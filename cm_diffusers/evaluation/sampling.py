@@ -15,8 +15,8 @@ from cm_diffusers.network_config import class_labels, height_and_width
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.preconditioning import GuidedDenoiser
+from cm_diffusers.solvers import SOLVERS, integrate
 from cm_diffusers.training.randomness import generators, labels_in_turn
-from cm_diffusers.training.solvers import SOLVERS, integrate
 from cm_diffusers.training.teacher import Teacher
 
 

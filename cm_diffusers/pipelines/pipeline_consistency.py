@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cm_diffusers.network_config import class_labels
+from cm_diffusers.pipelines.inputs import as_batch, count_of, read_images
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.preconditioning import network_output
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
@@ -41,6 +42,21 @@ EXAMPLE_DOC_STRING = """
         >>> images = pipe(batch_size=4, sigmas=[80.0, 1.4], class_labels=[145] * 4, generator=seeds).images
         ```
 """
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What pipelines that edit take as [`ConsistencyPipeline`] does, beside the number of steps."""
+
+    class_labels: Tensor | Sequence[int] | int | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    guidance_scale: float
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: Tensor | None
+    output_type: str | None
+    return_dict: bool
+    callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
 
 
 class ConsistencyPipeline(DiffusionPipeline):
@@ -137,22 +153,62 @@ class ConsistencyPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
-        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, guidance_scale)
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        latents = self.prepare_latents(batch_size, height, width, self._execution_device, generator, latents)
-        class_labels = self.prepare_class_labels(batch_size, self._execution_device, class_labels, generator)
-        latents = self._denoise(
-            latents, class_labels, guidance_scale, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        return self._output(latents, output_type, return_dict)
+        return self._sample(
+            batch_size, height, width, class_labels=class_labels, num_inference_steps=num_inference_steps,
+            timesteps=timesteps, sigmas=sigmas, guidance_scale=guidance_scale, generator=generator, latents=latents,
+            output_type=output_type, return_dict=return_dict, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
 
-    def _set_timesteps(
-        self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
-    ) -> None:
+    def _sample(
+        self,
+        batch_size: int,
+        height: int | None = None,
+        width: int | None = None,
+        start: Tensor | None = None,
+        known: Known | None = None,
+        *,
+        class_labels: Tensor | Sequence[int] | int | None = None,
+        num_inference_steps: int | None = 1,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """From noise to images, for this pipeline and those that edit.
+
+        Args:
+            start (`Tensor` of shape `(batch, channels, height, width)`, *optional*): what the first noise is added to,
+                in the model's range of values.
+            known ([`~cm_diffusers.pipelines.known.Known`], *optional*): what is put back after each step.
+        """
+        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, guidance_scale)
         if timesteps is not None or sigmas is not None:
             num_inference_steps = None
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas)
+        if start is not None:
+            height, width = start.shape[-2:]
+            # Noise of the first level, also where stock images start higher.
+            self.scheduler.init_noise_sigma = float(self.scheduler.sigmas[0])
+        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+        if start is not None:
+            latents = start.to(latents) + latents
+        class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
+        latents = self._denoise(
+            latents, class_labels, guidance_scale, generator, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, known,
+        )  # fmt: skip
+        if known is not None and output_type != "latent":
+            latents = known.into_range(latents, *self.scheduler.config.image_range)
+        image = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
 
     def _denoise(
         self,
@@ -184,11 +240,6 @@ class ConsistencyPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
         return latents if known is None else known.put_back(latents)
-
-    def _output(self, latents: Tensor, output_type: str | None, return_dict: bool) -> ImagePipelineOutput | tuple:
-        image = self.postprocess(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
 
     def _predict(self, latents: Tensor, t: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         scaled = self.scheduler.scale_model_input(latents, t)
@@ -222,17 +273,35 @@ class ConsistencyPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
     ) -> Tensor:
         """The first state: unit-variance noise, drawn or given, times `init_noise_sigma`."""
+        noise = self.prepare_noise(batch_size, height, width, device, generator, latents)
+        return noise * self.scheduler.init_noise_sigma
+
+    def prepare_noise(
+        self,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Unit-variance noise, drawn or given, of the shape of images."""
         height, width = self.image_size(height, width)
         if latents is not None:
             height, width = height or latents.shape[-2], width or latents.shape[-1]
         if height is None or width is None:
             raise ValueError("The model's config has no `sample_size`: pass `height` and `width`.")
+        multiple = 2 ** (len(self.unet.config.down_block_types) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"Height and width must be multiples of {multiple} for this model, got {height} x {width}."
+            )
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, self.unet.dtype)
 
     @property
     def classes(self) -> list[int]:
@@ -285,6 +354,27 @@ class ConsistencyPipeline(DiffusionPipeline):
         array = VaeImageProcessor.pt_to_numpy(image)
         return array if output_type == "np" else self.numpy_to_pil(array)
 
+    def preprocess(
+        self, image: Any, batch_size: int | None = None, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Images as users have them, in the model's range of values, as many as results are wanted.
+
+        Args:
+            image: see [`~cm_diffusers.pipelines.inputs.read_images`].
+            batch_size (`int`, *optional*): the number of results; as many as there are images when `None`.
+            height, width (`int`, *optional*): what they are resized to; their own size when `None`.
+
+        Raises:
+            `ValueError`: for what is no image of this model.
+        """
+        images = read_images(image, self.unet.config.in_channels, height, width)
+        return self.in_range(as_batch(images, count_of(images, batch_size), "image"))
+
+    def in_range(self, images: Tensor) -> Tensor:
+        """From [0, 1] to the model's range of values."""
+        low, high = self.scheduler.config.image_range
+        return images * (high - low) + low
+
     def _check_inputs(
         self,
         batch_size: int,
@@ -324,11 +414,12 @@ class ConsistencyPipeline(DiffusionPipeline):
 
         Args:
             pipeline (`DiffusionPipeline`): a `ConsistencyModelPipeline` or a pipeline of this package.
-            kwargs: components and config values that replace the other's.
+            kwargs: components and config values that replace the other's; `dtype` converts both, as everywhere in
+                diffusers.
         """
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["torch_dtype"] = pipeline.unet.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
+        made = cls(**{**pipeline.components, "null_class_label": pipeline.config.get("null_class_label"), **kwargs})
+        return made.to(dtype=dtypes[0]) if dtypes else made
 
     # Saving and loading ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import nn
 from cm_diffusers.noise_levels import Levels
 from cm_diffusers.preconditioning import Denoiser, GuidedDenoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.solvers import SOLVERS, Denoise
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.objectives import Objective
@@ -37,7 +38,6 @@ from cm_diffusers.training.objectives.tangents import (
 )
 from cm_diffusers.training.objectives.weights import AdaptivelyWeighted
 from cm_diffusers.training.schedules import Rate, make_levels, make_sigmas
-from cm_diffusers.training.solvers import SOLVERS, Denoise
 from cm_diffusers.training.student import needs_conversion
 from cm_diffusers.training.teacher import Teacher
 

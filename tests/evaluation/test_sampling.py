@@ -8,8 +8,8 @@ from cm_diffusers.evaluation import student_sampler, teacher_sampler
 from cm_diffusers.evaluation.sampling import eight_bits
 from cm_diffusers.network_config import class_labels
 from cm_diffusers.noise_levels import karras_grid
+from cm_diffusers.solvers import integrate
 from cm_diffusers.training.randomness import labels_in_turn
-from cm_diffusers.training.solvers import integrate
 from cm_diffusers.training.teacher import Teacher
 
 

@@ -467,6 +467,14 @@ def test_size_is_needed_where_the_model_has_none(make_unet: Callable[..., UNet2D
         vp_pipeline(make_unet(sample_size=None))()
 
 
+def test_sizes_that_the_network_cannot_halve_are_refused(make_unet: Callable[..., UNet2DModel]) -> None:
+    levels = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    pipe = vp_pipeline(make_unet(block_out_channels=(8, 8, 8), **levels))
+    assert pipe(height=8, width=12, output_type="np").images.shape == (1, 8, 12, 3)
+    with pytest.raises(ValueError, match="multiples of 4 for this model, got 8 x 10"):
+        pipe(height=8, width=10)
+
+
 def test_latents_give_the_size_where_the_model_has_none(make_unet: Callable[..., UNet2DModel]) -> None:
     pipe = vp_pipeline(make_unet(sample_size=None))
     assert pipe(latents=torch.zeros(1, 3, 8, 4), output_type="np").images.shape == (1, 8, 4, 3)

@@ -104,7 +104,7 @@ def test_batches_masks_and_seeds(unet):
 
 def test_pictures_of_other_sizes_and_modes_are_fitted(unet):
     pil = PIL.Image.fromarray((picture(1, 1)[0, 0].numpy() * 255).astype(np.uint8)).resize((32, 32))
-    mask = PIL.Image.new("L", (64, 64))
+    mask = PIL.Image.new("L", (32, 32))
     result = pipeline(unet)(pil, mask, num_inference_steps=1).images[0]
     assert result.size == (8, 8) and result.mode == "RGB"
 
@@ -118,7 +118,11 @@ def test_pictures_of_other_sizes_and_modes_are_fitted(unet):
         (picture(), half().repeat(1, 2, 1, 1), {}, "one channel"),
         (picture(2), half(), {"batch_size": 3}, "Got 2 for `image`"),
         (picture(3), half().repeat(2, 1, 1, 1), {}, "Got 2 for `mask_image`"),
-        (picture() * 2 - 1, half(), {}, r"\[0, 1\]"),
+        (picture() * 2 - 1, half(), {}, r"`image` must have values in \[0, 1\]"),
+        (picture(), half() * 255, {}, r"`mask_image` must have values in \[0, 1\], got \[0, 255\]"),
+        (picture(), half()[..., :6], {}, "one size, got 8 x 8 and 8 x 6"),
+        (PIL.Image.new("RGB", (9, 8)), PIL.Image.new("L", (8, 9)), {}, "one size, got 8 x 9 and 9 x 8"),
+        (picture() * float("nan"), half(), {}, "got .nan, nan"),
         (picture(1, 1), half(), {}, "3 channels"),
         ("room.png", half(), {}, "format"),
     ],

@@ -11,6 +11,7 @@ from conftest import build_unet
 from test_methods import make_trainer, sample, weights
 
 from cm_diffusers.noise_levels import GridLevels
+from cm_diffusers.solvers import euler_step
 from cm_diffusers.training import ConsistencyConfig
 from cm_diffusers.training.companions import Companion
 from cm_diffusers.training.distances import l2
@@ -18,7 +19,6 @@ from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.adversarial import Adversarial, Discriminator, feature_channels, features
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, PartlyFromData, from_data, uniform
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import euler_step
 from cm_diffusers.training.teacher import Teacher
 from cm_diffusers.training.tracking import Meter
 

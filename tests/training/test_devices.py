@@ -17,6 +17,7 @@ from cm_diffusers import ConsistencyConfig
 from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.noise_levels import GridLevels, lognormal_sigmas
 from cm_diffusers.preconditioning import Boundary, Denoiser, EDMPreconditioning
+from cm_diffusers.solvers import heun_step
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.health import StepRecord, Watch
 from cm_diffusers.training.objectives.conversion import ConversionObjective
@@ -31,7 +32,6 @@ from cm_diffusers.training.objectives.tangents import (
 )
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import heun_step
 from cm_diffusers.training.student import make_student
 
 TEACHERS = {

@@ -10,6 +10,7 @@ from pixels import train as train_network
 
 from cm_diffusers.noise_levels import GridLevels, LevelPair
 from cm_diffusers.preconditioning import Boundary, Denoiser, EDMPreconditioning, VPPreconditioning
+from cm_diffusers.solvers import euler_step, heun_step, integrate
 from cm_diffusers.training.distances import l2, pseudo_huber
 from cm_diffusers.training.objectives.pairs import (
     FromTeacher,
@@ -21,7 +22,6 @@ from cm_diffusers.training.objectives.pairs import (
     uniform,
 )
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import euler_step, heun_step, integrate
 
 
 def train(objective_of, problem, steps=1000):

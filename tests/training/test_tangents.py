@@ -19,6 +19,7 @@ from cm_diffusers.preconditioning import (
     VPPreconditioning,
     network_output,
 )
+from cm_diffusers.solvers import euler_step
 from cm_diffusers.training.objectives.tangents import (
     ConsistencyJumps,
     FlowMapJumps,
@@ -31,7 +32,6 @@ from cm_diffusers.training.objectives.tangents import (
     forward_mode,
 )
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import euler_step
 
 VP = VPPreconditioning(torch.linspace(1 - 1e-4, 1 - 0.02, 1000).cumprod(0), "v_prediction")
 FAMILIES = [EDMPreconditioning(), CMPreconditioning(), VP, FlowPreconditioning()]

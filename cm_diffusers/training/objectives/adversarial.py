@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from cm_diffusers.noise_levels import lognormal_sigmas
 from cm_diffusers.preconditioning import Preconditioning
+from cm_diffusers.solvers import expand
 from cm_diffusers.training.objectives import Losses, Objective
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import expand
 from cm_diffusers.training.teacher import Teacher
 
 # ln sigma of the noise under which images are compared: features of all sizes, and not only of single pixels.

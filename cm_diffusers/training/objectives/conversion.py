@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.preconditioning import Denoiser, second_time
+from cm_diffusers.solvers import Denoise, expand
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import Denoise, expand
 
 
 @dataclass(frozen=True)

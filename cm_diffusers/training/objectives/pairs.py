@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cm_diffusers.noise_levels import LevelPair, Levels
 from cm_diffusers.preconditioning import Denoiser, send
+from cm_diffusers.solvers import Denoise, Solver, expand
 from cm_diffusers.training.distances import Distance
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import Denoise, Solver, expand
 
 Weighting = Callable[[LevelPair], Tensor]
 

@@ -20,10 +20,10 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, network_output, second_time
+from cm_diffusers.solvers import Denoise, expand
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.pairs import chosen, same_dropout
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.solvers import Denoise, expand
 
 NetworkDerivative = Callable[..., Tensor]
 

@@ -66,6 +66,19 @@ def integrate(
         sample (`Tensor` of shape `(batch, ...)`): the state at `sigmas[0]`.
         sigmas (`Sequence[float]`): noise levels, descending.
     """
+    return denoise(follow(denoise, sample, sigmas, solver, **conditioning), sigmas[-1], **conditioning)
+
+
+def follow(
+    denoise: Denoise, sample: Tensor, sigmas: Sequence[float] | Tensor, solver: Solver = heun_step, **conditioning: Any
+) -> Tensor:
+    """Follow the ODE along `sigmas`, down to images or up to noise.
+
+    Args:
+        denoise (`Callable`): D.
+        sample (`Tensor` of shape `(batch, ...)`): the state at `sigmas[0]`.
+        sigmas (`Sequence[float]`): noise levels, ascending or descending.
+    """
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         sample = solver(denoise, sample, sigma, sigma_next, **conditioning)
-    return denoise(sample, sigmas[-1], **conditioning)
+    return sample

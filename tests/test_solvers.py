@@ -3,7 +3,7 @@ import torch
 from closed_form import Gaussian, Mixture
 
 from cm_diffusers.noise_levels import karras_grid
-from cm_diffusers.training.solvers import euler_step, heun_step, integrate
+from cm_diffusers.solvers import euler_step, heun_step, integrate
 
 GAUSSIAN = Gaussian()
 

@@ -1,0 +1,85 @@
+"""Super-resolution with consistency models that were never trained for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.utils import replace_example_docstring
+from typing_extensions import Unpack
+
+from cm_diffusers.pipelines.inputs import size_of
+from cm_diffusers.pipelines.known import Known
+from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
+from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers.utils import load_image
+        >>> from cm_diffusers import ConsistencySuperResolutionPipeline
+
+        >>> pipe = ConsistencySuperResolutionPipeline.from_pretrained("openai/diffusers-cd_bedroom256_lpips")
+        >>> large = pipe(load_image("room-64.png"), factor=4, num_inference_steps=8).images[0]
+        ```
+"""
+
+
+class ConsistencySuperResolutionPipeline(ConsistencyRestorationPipeline):
+    r"""
+    Larger images from small ones with a consistency model (Song et al. 2023, section 6).
+
+    A pixel of the given image is the mean of a square patch of the result. Shares all components with
+    [`ConsistencyPipeline`], see `from_pipe`.
+    """
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(  # type: ignore[override]
+        self,
+        image: Any,
+        factor: int | None = None,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = 8,
+        **options: Unpack[SamplingOptions],
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        r"""
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `Tensor`, or a list of them):
+                What to enlarge, square or not. Arrays have the shape `(batch, height, width, channels)`, tensors
+                `(batch, channels, height, width)`, with values in [0, 1].
+            factor (`int`, *optional*):
+                How many times as high and wide the result is; what leads to the model's own size when `None`.
+            batch_size (`int`, *optional*):
+                The number of results when `image` is a single one.
+            num_inference_steps (`int`, *optional*, defaults to 8):
+                The number of network evaluations.
+            options:
+                As in [`ConsistencyRestorationPipeline`].
+
+        Examples:
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            `ValueError`: if no whole factor leads from the image's size to the model's, or for inputs that the model
+            cannot take.
+        """
+        means = self.preprocess(image, batch_size)
+        factor = self._factor(size_of(image)) if factor is None else factor
+        return super().__call__(Known.patch_means(means, factor), num_inference_steps, **options)
+
+    def _factor(self, size: tuple[int, int]) -> int:
+        wanted = self.image_size()
+        if None in wanted:
+            raise ValueError("The model's config has no `sample_size`: pass `factor`.")
+        factors = {large / small for large, small in zip(wanted, size, strict=True) if large is not None}
+        factor = factors.pop()
+        if factors or factor != int(factor) or factor < 2:
+            raise ValueError(
+                f"No whole factor leads from {size[0]} x {size[1]} pixels to the model's {wanted[0]} x {wanted[1]}: "
+                "resize the image, or pass `factor`."
+            )
+        return int(factor)
