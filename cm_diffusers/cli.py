@@ -17,6 +17,7 @@ FUNCTIONS = {
     "train": "training.train",
     "doctor": "training.doctor",
     "sample": "sampling.sample",
+    "edit": "editing.edit",
     "evaluate": "evaluation.evaluate",
     "timesteps": "timesteps.timesteps",
     "push": "publishing.push",

@@ -8,6 +8,7 @@ import pytest
 from conftest import build_unet
 from PIL import Image
 
+from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.cli import main
 from cm_diffusers.commands.training import parse_config
 
@@ -42,6 +43,42 @@ def test_distill_then_sample(workspace, tmp_path, capsys):
     paths = tmp_path / "one" / "00000.png", samples / "00003.png"
     alone, in_batch = (np.asarray(Image.open(path), dtype=int) for path in paths)
     assert abs(alone - in_batch).max() <= 1
+
+
+EDITS = {
+    "inpaint": ["0.png", "1.png", "--mask", "mask.png", "--num_images", "2"], "colorize": ["0.png", "--steps", "2"],
+    "superres": ["small.png", "--factor", "4"], "img2img": ["0.png", "--strength", "0.4"],
+    "denoise": ["0.png", "1.png", "--noise_level", "0.1"], "interpolate": ["--num_frames", "3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_every_edit_leaves_its_results_and_a_grid(kind, workspace, tmp_path, monkeypatch):
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(tmp_path / "student")
+    monkeypatch.chdir(workspace / "images")
+    Image.new("L", (10, 10)).save(tmp_path / "mask.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "small.png")
+    arguments = [str(tmp_path / word) if word in ("mask.png", "small.png") else word for word in EDITS[kind]]
+    main(["edit", kind, str(tmp_path / "student"), *arguments, "--output_dir", str(tmp_path / "out")])
+    count = {"inpaint": 4, "denoise": 2, "interpolate": 3}.get(kind, 1)
+    results = sorted((tmp_path / "out").glob("*-0*.png"))
+    assert len(results) == count and (tmp_path / "out" / "grid.png").exists()
+    size = (10, 10) if kind == "denoise" else (8, 8)  # noise is not resized
+    assert all(Image.open(path).size == size for path in results)
+    if kind == "inpaint":  # all black: nothing is repainted
+        expected = np.asarray(Image.open("1.png").resize((8, 8), Image.Resampling.LANCZOS), dtype=int)
+        assert abs(np.asarray(Image.open(tmp_path / "out" / "1-01.png"), dtype=int) - expected).max() <= 1
+
+
+def test_a_walk_between_pictures_takes_a_teacher(workspace, tmp_path):
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(tmp_path / "student")
+    walk = ["edit", "interpolate", str(tmp_path / "student"), "--output_dir", str(tmp_path / "out"), "--images"]
+    walk += [str(workspace / "images" / f"{index}.png") for index in (0, 1)]
+    main([*walk, "--teacher", str(workspace / "teacher"), "--num_frames", "2"])
+    assert len(list((tmp_path / "out").glob("frame-*.png"))) == 2
+    assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 8  # between the pictures
+    with pytest.raises(SystemExit, match="edit: error: `image` and `teacher` go together"):
+        main(walk)
 
 
 def test_train_needs_no_teacher(workspace, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE = {
     "distill": "Distil a pretrained diffusers UNet into a one-step student (consistency distillation).",
     "train": "Train a one-step network on data alone (consistency training).",
     "sample": "Draw images from a student.",
+    "edit": "Edit pictures with a student: repaint, colour, enlarge, vary, denoise, interpolate.",
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
     "timesteps": "Search the noise levels at which a student's few-step samples have the lowest FID, and store them.",
     "push": "Publish a student on the Hub, with a model card made of its run and its evaluation.",
@@ -24,14 +25,31 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line.
 
     Args:
-        command (`str`): one of [`USAGE`].
+        command (`str`): one of [`USAGE`], or another one with a description.
+        description (`str`, *optional*): what it does.
     """
 
-    def __init__(self, command: str) -> None:
-        super().__init__(prog=f"cm-diffusers {command}", description=USAGE[command], allow_abbrev=False)
+    def __init__(self, command: str, description: str | None = None) -> None:
+        description = description or USAGE[command]
+        super().__init__(prog=f"cm-diffusers {command}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         sys.exit(f"{self.prog}: error: {message} (--help lists the options)")
+
+
+def add_model_options(parser: Parser) -> None:
+    """How a student computes."""
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
+    parser.add_argument("--device", help="cpu, cuda, mps ...; by default the best there is")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+
+def load_student(options: argparse.Namespace, kind: Any) -> Any:
+    """`options.model` as a pipeline of a kind, as [`add_model_options`] say."""
+    import torch
+
+    precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
+    return kind.from_pretrained(options.model, **precision).to(options.device or best_device())
 
 
 def best_device() -> str:

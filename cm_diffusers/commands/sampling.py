@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm_diffusers.commands.options import Parser, best_device
+from cm_diffusers.commands.options import Parser, add_model_options, load_student
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -18,11 +18,9 @@ def sample(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=1, help="network evaluations per image (default: 1)")
     parser.add_argument("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
     parser.add_argument("--class_labels", type=int, nargs="+", help="one label for all images, or one for each")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
-    parser.add_argument("--device", help="cpu, cuda, mps ...; by default the best there is")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add_model_options(parser)
     parser.add_argument("--output_dir", default="outputs/samples", help="where the images go")
     options = parser.parse_args(arguments)
     if options.num_images < 1 or options.batch_size < 1:
@@ -33,21 +31,18 @@ def sample(arguments: Sequence[str]) -> None:
 
     folder = Path(options.output_dir)
     for index, image in enumerate(images):
-        _save_image(image, folder / f"{index:05d}.png")
+        save_image(image, folder / f"{index:05d}.png")
     save_grid(images, folder / "grid.png")
     print(f"{len(images)} images in {folder}, all of them in {folder / 'grid.png'}")
 
 
 def _draw(options: argparse.Namespace) -> Any:
     import numpy as np
-    import torch
 
     from cm_diffusers import ConsistencyPipeline
     from cm_diffusers.training.randomness import generators
 
-    device = options.device or best_device()
-    precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
-    pipeline = ConsistencyPipeline.from_pretrained(options.model, **precision).to(device)
+    pipeline = load_student(options, ConsistencyPipeline)
     labels = options.class_labels
     if labels is not None and len(labels) not in (1, options.num_images):
         raise ValueError(f"Got {len(labels)} class labels for {options.num_images} images.")
@@ -68,7 +63,8 @@ def _draw(options: argparse.Namespace) -> Any:
     return np.concatenate(batches)
 
 
-def _save_image(image: Any, path: Path) -> None:
+def save_image(image: Any, path: Path) -> None:
+    """Write an array of shape `(height, width, channels)`, with values in [0, 1], making its folder."""
     from diffusers import DiffusionPipeline
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -359,6 +359,9 @@ def test_a_known_blur_is_undone_where_it_lets_anything_through():
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
+GREY = Known(pictures(channels=1), torch.tensor(True))
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -382,7 +385,7 @@ def test_a_known_blur_is_undone_where_it_lets_anything_through():
         (lambda: pipeline(ConsistencyInterpolationPipeline)(pictures(2)), "go together"),
         (lambda: pipeline(ConsistencyInterpolationPipeline)(latents=torch.randn(3, 3, 8, 8)), "two ends"),
         (lambda: pipeline(ConsistencyInterpolationPipeline)(generator=[seeded()]), "one `generator`"),
-        (lambda: pipeline(ConsistencyRestorationPipeline)(Known(pictures(channels=1), torch.tensor(True))), "channels"),
+        (lambda: pipeline(ConsistencyRestorationPipeline)(GREY), "images of 3 channels"),
         (lambda: pipeline(ConsistencyInpaintPipeline)(pictures(1), left_half(), no_option=1), "no_option"),
     ],
 )  # fmt: skip

@@ -1,0 +1,156 @@
+"""`cm-diffusers edit`: pictures edited by a student that was never trained for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cm_diffusers.commands.options import Parser, add_model_options, load_student
+from cm_diffusers.commands.sampling import save_image
+
+EDITS = {
+    "inpaint": "Repaint what is white in a mask.",
+    "colorize": "Colour grey pictures; their luma stays.",
+    "superres": "Enlarge pictures; each of their pixels stays as the mean of a patch.",
+    "img2img": "Vary pictures, or turn strokes into images.",
+    "denoise": "Remove white noise.",
+    "interpolate": "Walk from one image to another: from noise to noise, or between two pictures.",
+}
+PIPELINES = {
+    "inpaint": "ConsistencyInpaintPipeline", "colorize": "ConsistencyColorizePipeline",
+    "superres": "ConsistencySuperResolutionPipeline", "img2img": "ConsistencyImg2ImgPipeline",
+    "denoise": "ConsistencyDenoisePipeline", "interpolate": "ConsistencyInterpolationPipeline",
+}  # fmt: skip
+
+
+def edit(arguments: Sequence[str]) -> None:
+    """`cm-diffusers edit KIND`: one PNG for each result, and one grid of all beside what they were made from."""
+    parser = Parser("edit")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="EDIT", parser_class=argparse.ArgumentParser)
+    for name, text in EDITS.items():
+        kinds.add_parser(name, help=text, add_help=False)
+    kind = parser.parse_args(arguments[:1]).kind
+    parser = _parser_of(kind)
+    options = parser.parse_args(arguments[1:])
+    if getattr(options, "num_images", 1) < 1:
+        parser.error("--num_images must be positive.")
+    _save(_walk(options) if kind == "interpolate" else _edit_all(kind, options), Path(options.output_dir))
+
+
+def _parser_of(kind: str) -> Parser:
+    parser = Parser(f"edit {kind}", EDITS[kind])
+    add = parser.add_argument
+    add("model", metavar="PATH", help="folder or Hub id of the student")
+    steps = {"img2img": 2, "denoise": 1, "interpolate": 1}.get(kind, 8)
+    if kind == "interpolate":
+        add("--images", nargs=2, metavar="FILE", help="the pictures to go from and to; noise when left out")
+        add("--teacher", metavar="PATH", help="folder or Hub id of the diffusion model that inverts --images")
+        add("--num_frames", type=int, default=8, help="images on the way, its ends among them (default: 8)")
+    else:
+        add("images", nargs="+", metavar="FILE", help="the pictures")
+    if kind == "inpaint":
+        add("--mask", required=True, metavar="FILE", help="white is repainted; of the size of the pictures")
+    if kind == "superres":
+        add("--factor", type=int, help="times as high and wide; by default what leads to the student's own size")
+    if kind == "img2img":
+        add("--strength", type=float, help="how far from the picture, above 0 and up to 1 (default: 0.6)")
+    if kind == "denoise":
+        add("--noise_level", type=float, help="deviation of the noise, where white is 1; estimated when left out")
+    elif kind != "interpolate":
+        add("--num_images", type=int, default=1, help="results for each picture (default: 1)")
+    add("--steps", type=int, default=steps, help=f"network evaluations of each result (default: {steps})")
+    add("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
+    add("--class_label", type=int, help="for class-conditional students; drawn when left out")
+    add_model_options(parser)
+    add("--seed", type=int, default=0, help="result i of a picture is drawn with seed + i (default: 0)")
+    add("--output_dir", default="outputs/edits", help="where the results go")
+    return parser
+
+
+class Row(NamedTuple):
+    """Results, and what stands before and behind them in the grid; arrays of one shape."""
+
+    name: str
+    before: list[Any]
+    results: list[Any]
+    behind: list[Any]
+
+
+def _edit_all(kind: str, options: argparse.Namespace) -> list[Row]:
+    from PIL import Image
+
+    from cm_diffusers.training.randomness import generators
+
+    pipeline = _pipeline(kind, options)
+    own = {name: getattr(options, name) for name in ("factor", "strength", "noise_level") if hasattr(options, name)}
+    if kind == "inpaint":
+        own["mask_image"] = Image.open(options.mask)
+    count = getattr(options, "num_images", 1)
+    if kind != "denoise":
+        own["batch_size"] = count
+    rows = []
+    for file in options.images:
+        picture = Image.open(file)
+        results = pipeline(
+            picture, **own, **_sampling(options), output_type="np",
+            generator=generators([options.seed + i for i in range(count)]),
+        ).images  # fmt: skip
+        rows.append(Row(Path(file).stem, [_beside(picture, results)], list(results), []))
+    return rows
+
+
+def _walk(options: argparse.Namespace) -> list[Row]:
+    import torch
+    from PIL import Image
+
+    from cm_diffusers.training.teacher import load_teacher
+
+    pipeline = _pipeline("interpolate", options)
+    ends: dict[str, Any] = {}
+    if options.teacher is not None:
+        ends["teacher"] = load_teacher(options.teacher)
+        ends["teacher"].unet.to(pipeline.device).eval()
+    if options.images is not None:
+        ends["image"] = [Image.open(file) for file in options.images]
+    frames = pipeline(
+        **ends, num_frames=options.num_frames, **_sampling(options), output_type="np",
+        generator=torch.Generator().manual_seed(options.seed),
+    ).images  # fmt: skip
+    shown = [_beside(picture, frames) for picture in ends.get("image", [])]
+    return [Row("frame", shown[:1], list(frames), shown[1:])]
+
+
+def _pipeline(kind: str, options: argparse.Namespace) -> Any:
+    import cm_diffusers
+
+    return load_student(options, getattr(cm_diffusers, PIPELINES[kind]))
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    steps = {"sigmas": options.sigmas} if options.sigmas else {"num_inference_steps": options.steps}
+    return {**steps, "class_labels": options.class_label, "guidance_scale": options.guidance_scale}
+
+
+def _beside(picture: Any, results: Any) -> Any:
+    """A picture as an array of the size and the channels of results."""
+    import numpy as np
+    from PIL import Image
+
+    height, width, channels = results.shape[1:]
+    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
+    resized = picture.convert(mode).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized, dtype=np.float32).reshape(height, width, -1) / 255
+
+
+def _save(rows: list[Row], folder: Path) -> None:
+    from cm_diffusers.image_grid import save_grid
+
+    for row in rows:
+        for index, result in enumerate(row.results):
+            save_image(result, folder / f"{row.name}-{index:02d}.png")
+    shown = [image for row in rows for image in (*row.before, *row.results, *row.behind)]
+    save_grid(shown, folder / "grid.png", columns=len(shown) // len(rows))
+    count = sum(len(row.results) for row in rows)
+    print(f"{count} images in {folder}, all of them in {folder / 'grid.png'}")
