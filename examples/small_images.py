@@ -16,6 +16,7 @@ from cm_diffusers.training.schedules import Rate
 from cm_diffusers.training.teacher import Teacher
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
+EMOJI = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # and that of fonts-noto-color-emoji
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -27,11 +28,14 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(digits.target)
 
 
-def load_fashion_mnist(folder: str | Path = FASHION_MNIST, size: int = 28) -> tuple[Tensor, Tensor]:
-    """The 60,000 training images of Fashion-MNIST (Xiao et al. 2017) in [-1, 1], and which of ten kinds each is.
+def load_fashion_mnist(
+    folder: str | Path = FASHION_MNIST, size: int = 28, part: str = "train"
+) -> tuple[Tensor, Tensor]:
+    """The images of Fashion-MNIST (Xiao et al. 2017) in [-1, 1], and which of ten kinds each is.
 
     Args:
         folder (`str` or `Path`): holds `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, compressed or not.
+        part (`str`): `"train"`, 60,000 images, or `"t10k"`, 10,000 others.
         size (`int`): 28; or 16, the average of every 2 x 2 pixels after a black frame has made them 32 x 32.
 
     Raises:
@@ -39,11 +43,40 @@ def load_fashion_mnist(folder: str | Path = FASHION_MNIST, size: int = 28) -> tu
     """
     if size not in (16, 28):
         raise ValueError(f"`size` must be 16 or 28, got {size}.")
-    pixels = torch.from_numpy(read_idx(Path(folder) / "train-images-idx3-ubyte"))[:, None].float()
-    labels = torch.from_numpy(read_idx(Path(folder) / "train-labels-idx1-ubyte")).long()
+    pixels = torch.from_numpy(read_idx(Path(folder) / f"{part}-images-idx3-ubyte"))[:, None].float()
+    labels = torch.from_numpy(read_idx(Path(folder) / f"{part}-labels-idx1-ubyte")).long()
     if size == 16:
         pixels = nn.functional.avg_pool2d(nn.functional.pad(pixels, (2, 2, 2, 2)), 2)
     return pixels / 127.5 - 1, labels
+
+
+def load_emoji(font: str | Path = EMOJI, size: int = 16) -> Tensor:
+    """1,400 emoji on white, in [-1, 1], of shape `(n, 3, size, size)`.
+
+    Those of Noto Color Emoji (Google, SIL Open Font License 1.1) that are one character.
+
+    Args:
+        font (`str` or `Path`): its file with bitmaps.
+        size (`int`): in pixels, averaged from 136.
+
+    Raises:
+        `ValueError`: if the file is not there, saying where to get it.
+    """
+    from fontTools.ttLib import TTFont
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not Path(font).exists():
+        raise ValueError(f"There is no {font}. Install Debian's package fonts-noto-color-emoji, or name its file.")
+    characters = [chr(code) for code in sorted(TTFont(font).getBestCmap()) if code >= 0x2190]
+    strike = ImageFont.truetype(str(font), 109)  # the size of its bitmaps
+    found = []
+    for character in characters:
+        canvas = Image.new("RGB", (136, 136), "white")
+        ImageDraw.Draw(canvas).text((68, 68), character, font=strike, embedded_color=True, anchor="mm")
+        pixels = np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+        if pixels.std() > 5:  # not those that only join others
+            found.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    return torch.stack(found).float() / 127.5 - 1
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -69,12 +102,12 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
 
 
-def make_unet(size: int, channels: tuple[int, ...]) -> UNet2DModel:
-    """A UNet of stock diffusers on grey images, with a level of half the size for each further number of channels."""
+def make_unet(size: int, channels: tuple[int, ...], image_channels: int = 1) -> UNet2DModel:
+    """A UNet of stock diffusers on square images; each further number of channels is a level of half the size."""
     return UNet2DModel(
         sample_size=size,
-        in_channels=1,
-        out_channels=1,
+        in_channels=image_channels,
+        out_channels=image_channels,
         layers_per_block=1,
         block_out_channels=channels,
         down_block_types=("DownBlock2D",) * len(channels),

@@ -29,6 +29,8 @@ def read_images(
         `ValueError`: for another number of channels, values out of range, or what is no image.
     """
     images = _read(_in_mode(image, channels), height, width)
+    if not images.numel():
+        raise ValueError(f"`image` holds nothing: its shape is {tuple(images.shape)}.")
     if images.shape[1] != channels:
         raise ValueError(f"`image` must have {channels} channels, got {images.shape[1]}.")
     if check_range:
