@@ -2,6 +2,7 @@ import editing
 import pytest
 import torch
 from conftest import build_unet
+from diffusers import EDMEulerScheduler
 from PIL import Image
 from small_images import EMOJI, load_emoji
 
@@ -35,7 +36,7 @@ def test_the_measure_of_an_image_by_itself_is_its_noise():
 
 
 def test_the_picture_shows_every_edit(tmp_path):
-    teacher = (build_unet(in_channels=1, out_channels=1, sample_size=16), ConsistencyScheduler(family="edm"))
+    teacher = (build_unet(in_channels=1, out_channels=1, sample_size=16), EDMEulerScheduler())
     pipe = student(1)
     panels = {edit.name: editing.rows_of(edit, pipe, ORIGINALS) for edit in editing.SHAPES}
     panels |= {"strokes": editing.stroke_rows(pipe, ORIGINALS), "walks": editing.walk_rows(pipe, teacher, ORIGINALS)}

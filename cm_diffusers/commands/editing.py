@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,9 @@ def edit(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments[1:])
     if getattr(options, "num_images", 1) < 1:
         parser.error("--num_images must be positive.")
+    names = [Path(file).stem for file in options.images or []]
+    if kind != "interpolate" and len(set(names)) < len(names):
+        parser.error("Results are named after their pictures: give these different names.")
     _save(_walk(options) if kind == "interpolate" else _edit_all(kind, options), Path(options.output_dir))
 
 
@@ -78,32 +81,27 @@ class Row(NamedTuple):
     behind: list[Any]
 
 
-def _edit_all(kind: str, options: argparse.Namespace) -> list[Row]:
-    from PIL import Image
-
+def _edit_all(kind: str, options: argparse.Namespace) -> Iterator[Row]:
     from cm_diffusers.training.randomness import generators
 
     pipeline = _pipeline(kind, options)
     own = {name: getattr(options, name) for name in ("factor", "strength", "noise_level") if hasattr(options, name)}
     if kind == "inpaint":
-        own["mask_image"] = Image.open(options.mask)
+        own["mask_image"] = _open(options.mask)
     count = getattr(options, "num_images", 1)
     if kind != "denoise":
         own["batch_size"] = count
-    rows = []
     for file in options.images:
-        picture = Image.open(file)
+        picture = _open(file)
         results = pipeline(
             picture, **own, **_sampling(options), output_type="np",
             generator=generators([options.seed + i for i in range(count)]),
         ).images  # fmt: skip
-        rows.append(Row(Path(file).stem, [_beside(picture, results)], list(results), []))
-    return rows
+        yield Row(Path(file).stem, [_beside(picture, results)], list(results), [])
 
 
-def _walk(options: argparse.Namespace) -> list[Row]:
+def _walk(options: argparse.Namespace) -> Iterator[Row]:
     import torch
-    from PIL import Image
 
     from cm_diffusers.training.teacher import load_teacher
 
@@ -113,13 +111,13 @@ def _walk(options: argparse.Namespace) -> list[Row]:
         ends["teacher"] = load_teacher(options.teacher)
         ends["teacher"].unet.to(pipeline.device).eval()
     if options.images is not None:
-        ends["image"] = [Image.open(file) for file in options.images]
+        ends["image"] = [_open(file) for file in options.images]
     frames = pipeline(
         **ends, num_frames=options.num_frames, **_sampling(options), output_type="np",
         generator=torch.Generator().manual_seed(options.seed),
     ).images  # fmt: skip
     shown = [_beside(picture, frames) for picture in ends.get("image", [])]
-    return [Row("frame", shown[:1], list(frames), shown[1:])]
+    yield Row("frame", shown[:1], list(frames), shown[1:])
 
 
 def _pipeline(kind: str, options: argparse.Namespace) -> Any:
@@ -133,6 +131,13 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {**steps, "class_labels": options.class_label, "guidance_scale": options.guidance_scale}
 
 
+def _open(file: str) -> Any:
+    """A picture as it is meant to be seen, whichever way the camera was held."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.exif_transpose(Image.open(file))
+
+
 def _beside(picture: Any, results: Any) -> Any:
     """A picture as an array of the size and the channels of results."""
     import numpy as np
@@ -144,13 +149,18 @@ def _beside(picture: Any, results: Any) -> Any:
     return np.asarray(resized, dtype=np.float32).reshape(height, width, -1) / 255
 
 
-def _save(rows: list[Row], folder: Path) -> None:
+def _save(rows: Iterable[Row], folder: Path) -> None:
+    """Write each row when it is there, and in the end a grid of all that have one size."""
     from cm_diffusers.image_grid import save_grid
 
+    grids: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         for index, result in enumerate(row.results):
             save_image(result, folder / f"{row.name}-{index:02d}.png")
-    shown = [image for row in rows for image in (*row.before, *row.results, *row.behind)]
-    save_grid(shown, folder / "grid.png", columns=len(shown) // len(rows))
-    count = sum(len(row.results) for row in rows)
-    print(f"{count} images in {folder}, all of them in {folder / 'grid.png'}")
+        grids.setdefault(row.results[0].shape, []).append(row)
+    for (height, width, _), alike in grids.items():
+        shown = [image for row in alike for image in (*row.before, *row.results, *row.behind)]
+        name = "grid.png" if len(grids) == 1 else f"grid-{width}x{height}.png"
+        save_grid(shown, folder / name, columns=len(shown) // len(alike))
+    count = sum(len(row.results) for alike in grids.values() for row in alike)
+    print(f"{count} images in {folder}, and side by side in grid*.png")

@@ -7,30 +7,31 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.image_processor import VaeImageProcessor
+import torch.nn.functional as F
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+DEEP_MODES = ("I", "F")  # and "I;16" and its like: what is white in them, they do not say
 
 
 def read_images(
     image: Any, channels: int, height: int | None = None, width: int | None = None, check_range: bool = True
 ) -> Tensor:
-    """Images as a tensor of shape `(batch, channels, height, width)`, with values in [0, 1] if that is checked.
+    """Images as a float32 tensor of shape `(batch, channels, height, width)`, in which white is 1.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `Tensor`, or a list of them): arrays have the shape
-            `(batch, height, width, channels)`, tensors `(batch, channels, height, width)`, with values in [0, 1].
-            Pictures change their mode, but neither arrays nor tensors.
+            `(batch, height, width, channels)`, tensors `(batch, channels, height, width)`, both with fewer dimensions
+            where there is one of a kind. Numbers lie in [0, 1], or are bytes. Pictures take the model's mode.
         channels (`int`): of the model.
         height, width (`int`, *optional*): what they are resized to; their own size when `None`.
+        check_range (`bool`): refuse numbers outside of [0, 1].
 
     Raises:
-        `ValueError`: for another number of channels, values out of range, or what is no image.
+        `ValueError`, `TypeError`: for another number of channels, values out of range, images of several sizes where
+            none is wanted, or what is no image.
     """
-    images = _read(_in_mode(image, channels), height, width)
-    if not images.numel():
-        raise ValueError(f"`image` holds nothing: its shape is {tuple(images.shape)}.")
+    images = join("image", to_tensors("image", image, channels), height, width)
     if images.shape[1] != channels:
         raise ValueError(f"`image` must have {channels} channels, got {images.shape[1]}.")
     if check_range:
@@ -42,17 +43,82 @@ def read_masks(mask_image: Any, height: int | None = None, width: int | None = N
     """Masks as booleans of shape `(batch, 1, height, width)`: true above 1/2.
 
     Args:
-        mask_image (like `image` in [`read_images`], of one channel, or of booleans): values in [0, 1].
+        mask_image: like `image` of [`read_images`], of one channel; whole numbers may be 0 and 1, too.
         height, width (`int`, *optional*): what they are resized to, without values in between.
 
     Raises:
-        `ValueError`: for more channels, values out of range, or what is no image.
+        `ValueError`, `TypeError`: as in [`read_images`], and for pictures that are transparent in part.
     """
-    masks = _read(_as_float(_in_mode(mask_image, 1)), height, width, resample="nearest")
+    for one in mask_image if isinstance(mask_image, list | tuple) else [mask_image]:
+        if isinstance(one, PIL.Image.Image) and "A" in one.getbands() and np.asarray(one.getchannel("A")).min() < 255:
+            raise ValueError("`mask_image` is transparent in part, which says nothing: make it black and white.")
+    masks = join("mask_image", to_tensors("mask_image", mask_image, 1, is_mask=True), height, width, "nearest-exact")
     if masks.shape[1] != 1:
         raise ValueError(f"`mask_image` must have one channel, got {masks.shape[1]}.")
     _check_range("mask_image", masks)
     return masks > 0.5
+
+
+def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool = False) -> list[Tensor]:
+    """Each of the images given, or all that are one array, as float32 tensors of shape `(n, channels, height, width)`.
+
+    Args:
+        name (`str`): of the argument, for errors.
+        given: see [`read_images`].
+        channels (`int`, *optional*): that pictures are brought to; grey ones have one and others three when `None`.
+        is_mask (`bool`): whether whole numbers may be 0 and 1.
+    """
+    if isinstance(given, list | tuple):
+        if not given:
+            raise ValueError(f"`{name}` is an empty list.")
+        return [tensor for one in given for tensor in to_tensors(name, one, channels, is_mask)]
+    if isinstance(given, PIL.Image.Image):
+        given = np.asarray(_in_mode(name, given, channels))
+    if isinstance(given, np.ndarray):
+        found = torch.from_numpy(np.array(given))
+        if found.ndim == 2:
+            found = found[..., None]
+        found = found.movedim(-1, -3)
+    elif isinstance(given, Tensor):
+        found = given if given.ndim > 2 else given[None]
+    else:
+        raise TypeError(f"`{name}` has an unknown format: {type(given).__name__}. Pass pictures, arrays or tensors.")
+    found = found[None] if found.ndim == 3 else found
+    if found.ndim != 4 or not found.numel():
+        raise ValueError(f"`{name}` of shape {tuple(given.shape)} holds no images.")
+    return [_as_float(name, found, is_mask)]
+
+
+def join(
+    name: str, images: list[Tensor], height: int | None = None, width: int | None = None, mode: str = "bicubic"
+) -> Tensor:
+    """One tensor of several, resized where a size is wanted.
+
+    Raises:
+        `ValueError`: if they differ in size and none is wanted, or in channels.
+    """
+    if height is not None and width is not None:
+        images = [_resized(image, height, width, mode) for image in images]
+    shapes = {tuple(image.shape[1:]) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"`{name}` holds images of several shapes: {sorted(shapes)}.")
+    return torch.cat(images)
+
+
+def check_sizes(image: Any, mask_image: Any) -> None:
+    """See that each mask has the size of its image.
+
+    Raises:
+        `ValueError`: if one has not.
+    """
+    sizes, mask_sizes = _sizes_of("image", image), _sizes_of("mask_image", mask_image)
+    count = max(len(sizes), len(mask_sizes))
+    pairs = zip(sizes * (count // len(sizes)), mask_sizes * (count // len(mask_sizes)), strict=False)
+    for one, other in pairs:
+        if one != other:
+            raise ValueError(
+                f"`image` and `mask_image` must have one size, got {one[0]} x {one[1]} and {other[0]} x {other[1]}."
+            )
 
 
 def as_batch(images: Tensor, batch_size: int, name: str) -> Tensor:
@@ -62,7 +128,7 @@ def as_batch(images: Tensor, batch_size: int, name: str) -> Tensor:
         `ValueError`: for another number of them.
     """
     if len(images) not in (1, batch_size):
-        raise ValueError(f"Got {len(images)} for `{name}`, need one or {batch_size}.")
+        raise ValueError(f"Got {len(images)} for `{name}`, need one or {batch_size}, the number of results.")
     return images.expand(batch_size, *images.shape[1:])
 
 
@@ -81,27 +147,37 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
         `ValueError`: if it is no integer, or below the least.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    return value
+    return int(value)
 
 
-def size_of(image: Any) -> tuple[int, int]:
-    """Height and width of an image, or of the first of several, in pixels."""
-    if isinstance(image, list | tuple):
-        return size_of(image[0])
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    shape = tuple(image.shape)
-    if isinstance(image, np.ndarray) and len(shape) > 2:
-        return shape[-3], shape[-2]
-    return shape[-2], shape[-1]
+def _as_float(name: str, values: Tensor, is_mask: bool) -> Tensor:
+    if values.dtype == torch.bool or values.is_floating_point():
+        return values.float()
+    if is_mask and values.max() <= 1:
+        return values.float()
+    if values.dtype != torch.uint8:
+        raise TypeError(f"`{name}` must be of floating point numbers or bytes, got {values.dtype}.")
+    return values.float() / 255
 
 
-def _read(image: Any, height: int | None, width: int | None, resample: str = "lanczos") -> Tensor:
-    processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, resample=resample)
-    images: Tensor = processor.preprocess(image, height, width)
-    return images
+def _in_mode(name: str, picture: PIL.Image.Image, channels: int | None) -> PIL.Image.Image:
+    """A picture in the model's mode: of colours for a model of colours, and grey for others."""
+    if picture.mode.startswith(DEEP_MODES):
+        raise ValueError(f"`{name}` is a picture of mode {picture.mode!r}: pass it as an array with values in [0, 1].")
+    if channels is None:
+        channels = 1 if picture.mode in ("1", "L", "LA") else 3
+    return picture.convert(MODES.get(channels, picture.mode))
+
+
+def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    if mode != "bicubic":
+        return F.interpolate(images, (height, width), mode=mode)
+    low, high = images.amin(), images.amax()  # which cubic kernels overshoot
+    return F.interpolate(images, (height, width), mode=mode, antialias=True).clamp(low, high)
 
 
 def _check_range(name: str, images: Tensor) -> None:
@@ -110,29 +186,9 @@ def _check_range(name: str, images: Tensor) -> None:
         raise ValueError(f"`{name}` must have values in [0, 1], got [{low:g}, {high:g}].")
 
 
-def _as_float(mask: Any) -> Any:
-    """Masks of booleans as numbers, which can be resized."""
-    if isinstance(mask, list):
-        return [_as_float(one) for one in mask]
-    if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        return mask.astype(np.float32)
-    return mask.float() if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
-
-
-def _in_mode(image: Any, channels: int) -> Any:
-    """PIL images in the model's mode: grey pictures for models of colour, and the other way round."""
-    if isinstance(image, list):
-        return [_in_mode(one, channels) for one in image]
-    mode = MODES.get(channels)
-    return image.convert(mode) if isinstance(image, PIL.Image.Image) and mode else image
-
-
-def has_colour(image: Any) -> bool:
-    """Whether an image, or the first of several, has more than one channel."""
-    if isinstance(image, list | tuple):
-        return has_colour(image[0])
-    if isinstance(image, PIL.Image.Image):
-        return len(image.getbands()) > 2 or image.mode == "P"
-    if isinstance(image, np.ndarray):
-        return image.ndim > 2 and image.shape[-1] != 1
-    return image.ndim > 2 and image.shape[-3] != 1
+def _sizes_of(name: str, given: Any) -> list[tuple[int, int]]:
+    """Height and width of each image."""
+    found = []
+    for tensor in to_tensors(name, given, is_mask=name == "mask_image"):
+        found += [(tensor.shape[-2], tensor.shape[-1])] * len(tensor)
+    return found

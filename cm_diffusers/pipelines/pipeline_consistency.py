@@ -89,9 +89,8 @@ class ConsistencyPipeline(DiffusionPipeline):
             scheduler = ConsistencyScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_class_label=null_class_label)
-        if self.scheduler.config.flow_map:
+        if self.scheduler.config.flow_map and _in_precision not in unet.class_embedding._forward_pre_hooks.values():
             unet.class_embedding.register_forward_pre_hook(_in_precision)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
         self._interrupt = False
 
     # Sampling -------------------------------------------------------------------------------------------------------
@@ -204,8 +203,10 @@ class ConsistencyPipeline(DiffusionPipeline):
             latents, class_labels, guidance_scale, generator, callback_on_step_end,
             callback_on_step_end_tensor_inputs, known,
         )  # fmt: skip
-        if known is not None and output_type != "latent":
-            latents = known.into_range(latents, *self.scheduler.config.image_range)
+        if known is not None:
+            latents = known.put_back(latents.float())  # whatever the network's precision
+            if output_type != "latent":
+                latents = known.into_range(latents, *self.scheduler.config.image_range)
         image = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
@@ -239,7 +240,7 @@ class ConsistencyPipeline(DiffusionPipeline):
                     tensors = {name: {"latents": latents}[name] for name in tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
-        return latents if known is None else known.put_back(latents)
+        return latents
 
     def _predict(self, latents: Tensor, t: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         scaled = self.scheduler.scale_model_input(latents, t)
@@ -353,6 +354,23 @@ class ConsistencyPipeline(DiffusionPipeline):
             return image
         array = VaeImageProcessor.pt_to_numpy(image)
         return array if output_type == "np" else self.numpy_to_pil(array)
+
+    def _checked(self, options: SamplingOptions) -> SamplingOptions:
+        """A copy.
+
+        Raises:
+            `TypeError`: for what is no option.
+        """
+        if unknown := sorted(options.keys() - SamplingOptions.__annotations__.keys()):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}.")
+        return options.copy()
+
+    def _edit_options(self, options: SamplingOptions) -> SamplingOptions:
+        """A copy for an edit. Images whose class is not given have none, if the student was trained with that."""
+        found = self._checked(options)
+        if found.get("class_labels") is None and self.classes:
+            found["class_labels"] = self.config.null_class_label
+        return found
 
     def preprocess(
         self, image: Any, batch_size: int | None = None, height: int | None = None, width: int | None = None

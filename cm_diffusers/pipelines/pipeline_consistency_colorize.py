@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
+from torch import Tensor
 from typing_extensions import Unpack
 
-from cm_diffusers.pipelines.inputs import as_batch, count_of, has_colour, read_images
+from cm_diffusers.pipelines.inputs import as_batch, count_of, read_images, to_tensors
 from cm_diffusers.pipelines.known import Known, luma
 from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
@@ -70,7 +71,12 @@ class ConsistencyColorizePipeline(ConsistencyRestorationPipeline):
         """
         if self.unet.config.in_channels != 3:
             raise ValueError(f"Colours need a model of 3 channels, this one has {self.unet.config.in_channels}.")
-        size = self.image_size(height, width)
-        grey = luma(read_images(image, 3, *size)) if has_colour(image) else read_images(image, 1, *size)
+        grey = self._luma(image, *self.image_size(height, width))
         grey = as_batch(grey, count_of(grey, batch_size), "image")
         return super().__call__(Known.luma(self.in_range(grey)), num_inference_steps, **options)
+
+    def _luma(self, image: Any, height: int | None, width: int | None) -> Tensor:
+        images = to_tensors("image", image)
+        if found := {part.shape[1] for part in images} - {1, 3}:
+            raise ValueError(f"`image` must be grey or have 3 channels, got {found.pop()}.")
+        return read_images([luma(part) if part.shape[1] == 3 else part for part in images], 1, height, width)

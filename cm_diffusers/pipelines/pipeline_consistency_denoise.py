@@ -51,11 +51,11 @@ class ConsistencyDenoisePipeline(ConsistencyPipeline):
                 `(batch, channels, height, width)`. Clean values lie in [0, 1]; noisy ones may leave it, and are better
                 not clipped to it.
             noise_level (`float`, *optional*):
-                The standard deviation of the noise, in the image's own units. Estimated from all images together when
+                The standard deviation of the noise, up to 1, which is white. Estimated from all images together when
                 `None`, see [`estimate_noise_level`].
             num_inference_steps (`int`, *optional*, defaults to 1):
-                The number of network evaluations. Further ones give noise back, less and less, and lead to a sharper
-                image with details that were not seen.
+                The number of network evaluations; fewer where an estimated level leaves fewer. Further ones give noise
+                back, less and less, and lead to a sharper image with details that were not seen.
             options:
                 `class_labels`, `sigmas` (the first is the image's own noise level, in the model's range of values),
                 `guidance_scale`, `generator`, `output_type`, `return_dict`, `callback_on_step_end` and
@@ -69,28 +69,30 @@ class ConsistencyDenoisePipeline(ConsistencyPipeline):
         Raises:
             `ValueError`: for a noise level that the model was not trained at, or inputs that it cannot take.
         """
+        options = self._edit_options(options)
         for name in ("latents", "timesteps"):
             if options.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be chosen: sampling starts from the image, at its noise level.")
         images = read_images(image, self.unet.config.in_channels, check_range=False)
-        levels = options.pop("sigmas", None)
-        if levels is None:
-            levels = self.levels_below(self._sigma(images, noise_level), num_inference_steps)
+        if options.get("sigmas") is None:
+            options["sigmas"] = self._levels(images, noise_level, num_inference_steps)
         elif noise_level is not None:
             raise ValueError("Pass `noise_level` or `sigmas`, not both.")
-        options["sigmas"], options["latents"] = levels, self.in_range(images) / levels[0]
+        first = [*(options["sigmas"] or ()), 1.0][0]  # that there is one is looked after where all are
+        options["latents"] = self.in_range(images) / first
         return self._sample(len(images), images.shape[-2], images.shape[-1], **options)
 
-    def _sigma(self, images: Tensor, noise_level: float | None) -> float:
+    def _levels(self, images: Tensor, noise_level: float | None, num_inference_steps: int) -> list[float]:
         low, high = self.scheduler.config.image_range
-        ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
+        lowest, highest = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
         if noise_level is None:
-            return min(max(estimate_noise_level(images) * (high - low), ends[0]), ends[1])
-        sigma = noise_level * (high - low)
-        if not ends[0] <= sigma <= ends[1]:
-            bounds = [f"{end / (high - low):g}" for end in ends]
-            raise ValueError(f"`noise_level` must lie in [{bounds[0]}, {bounds[1]}], got {noise_level}.")
-        return sigma
+            sigma = min(max(estimate_noise_level(images) * (high - low), lowest), highest)
+            steps = check_count("num_inference_steps", num_inference_steps)
+            return self.levels_below(sigma, min(steps, len(self._below(sigma)) + 1))
+        bounds = lowest / (high - low), min(highest / (high - low), 1.0)
+        if not bounds[0] <= noise_level <= bounds[1]:
+            raise ValueError(f"`noise_level` must lie in [{bounds[0]:g}, {bounds[1]:g}], got {noise_level}.")
+        return self.levels_below(noise_level * (high - low), num_inference_steps)
 
     def levels_below(self, sigma: float, num_inference_steps: int) -> list[float]:
         """A noise level, and others of the scheduler's grid spread evenly below it, descending.
@@ -99,13 +101,16 @@ class ConsistencyDenoisePipeline(ConsistencyPipeline):
             `ValueError`: if the grid has not so many.
         """
         check_count("num_inference_steps", num_inference_steps)
-        below = [level for level in self.scheduler.grid.tolist() if level < sigma * (1 - 1e-6)]
+        below = self._below(sigma)
         if num_inference_steps > len(below) + 1:
             raise ValueError(
                 f"`num_inference_steps={num_inference_steps}` exceeds the {len(below) + 1} noise levels from "
                 f"{sigma:g} down."
             )
         return [sigma, *(below[i * len(below) // num_inference_steps] for i in range(1, num_inference_steps))]
+
+    def _below(self, sigma: float) -> list[float]:
+        return [level for level in self.scheduler.grid.tolist() if level < sigma * (1 - 1e-6)]
 
 
 def estimate_noise_level(images: Tensor) -> float:

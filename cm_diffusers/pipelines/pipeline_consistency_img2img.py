@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,9 @@ class ConsistencyImg2ImgPipeline(ConsistencyPipeline):
                 `(batch, channels, height, width)`, with values in [0, 1]. Resized to the model's size.
             strength (`float`, *optional*, defaults to 0.6):
                 How far from the image: the part of the noise levels, along the grid of the scheduler, that is sampled.
-                Above 0; 1 starts from `sigma_max`, where next to nothing is left of the image. Not together with
-                `timesteps` or `sigmas`, which say the levels themselves.
+                Above 0; 1 starts from `sigma_max`, where next to nothing is left of the image. Levels that the
+                scheduler stores for a number of steps do not count. Not together with `timesteps` or `sigmas`, which
+                say the levels themselves.
             batch_size (`int`, *optional*):
                 The number of results when `image` is a single one.
             num_inference_steps (`int`, *optional*, defaults to 2):
@@ -77,6 +79,7 @@ class ConsistencyImg2ImgPipeline(ConsistencyPipeline):
         Raises:
             `ValueError`: for a strength out of range, or inputs that the model cannot take.
         """
+        options = self._edit_options(options)
         given = [name for name in ("timesteps", "sigmas") if options.get(name) is not None]
         if given and strength is not None:
             raise ValueError(f"Pass `strength` or `{given[0]}`, not both.")
@@ -93,8 +96,8 @@ class ConsistencyImg2ImgPipeline(ConsistencyPipeline):
         Raises:
             `ValueError`: for a strength out of range, or more steps than the grid has levels from there.
         """
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must lie above 0 and be at most 1, got {strength}.")
+        if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
+            raise ValueError(f"`strength` must lie above 0 and be at most 1, got {strength!r}.")
         check_count("num_inference_steps", num_inference_steps)
         grid = self.scheduler.grid
         first = round((1 - strength) * (len(grid) - 1))

@@ -9,7 +9,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
-from cm_diffusers.pipelines.inputs import as_batch, read_masks, size_of
+from cm_diffusers.pipelines.inputs import as_batch, check_sizes, read_masks
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
@@ -53,7 +53,7 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
             image (`PIL.Image.Image`, `np.ndarray`, `Tensor`, or a list of them):
                 What to repaint. Arrays have the shape `(batch, height, width, channels)`, tensors
                 `(batch, channels, height, width)`, with values in [0, 1]. Resized to the model's size.
-            mask_image (like `image`, one channel, or booleans):
+            mask_image (like `image`, one channel; or booleans, or 0 and 1):
                 White, above 1/2, is repainted and black is kept. Of the size of `image`; one for all, or one for each.
             batch_size (`int`, *optional*):
                 The number of results when `image` is a single one.
@@ -72,11 +72,8 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
         Raises:
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
-        height, width = self.image_size(height, width)
-        values = self.preprocess(image, batch_size, height, width)
+        check_sizes(image, mask_image)
+        values = self.preprocess(image, batch_size, *self.image_size(height, width))
         masks = read_masks(mask_image, *values.shape[-2:])
-        if size_of(image) != size_of(mask_image):
-            sizes = [f"{high} x {wide}" for high, wide in (size_of(image), size_of(mask_image))]
-            raise ValueError(f"`image` and `mask_image` must have one size, got {sizes[0]} and {sizes[1]}.")
         known = Known(values, ~as_batch(masks, len(values), "mask_image"))
         return super().__call__(known, num_inference_steps, **options)

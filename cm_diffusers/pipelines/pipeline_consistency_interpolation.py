@@ -14,7 +14,8 @@ from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines.inputs import check_count
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline, SamplingOptions
-from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.preconditioning import CMPreconditioning, Denoiser
+from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.solvers import follow
 
 EXAMPLE_DOC_STRING = """
@@ -84,54 +85,80 @@ class ConsistencyInterpolationPipeline(ConsistencyPipeline):
         check_count("num_frames", num_frames, 2)
         if (image is None) != (teacher is None):
             raise ValueError("`image` and `teacher` go together: it is the teacher that finds the images' noises.")
-        generator = options.pop("generator", None)
+        options = self._edit_options(options) if image is not None else self._checked(options)
+        generator, device, ends = options.get("generator"), self._execution_device, options.get("latents")
         if isinstance(generator, list):
             raise ValueError("All frames share their noise: pass one `generator`, not a list.")
-        device, ends = self._execution_device, options.pop("latents", None)
-        class_labels = self.prepare_class_labels(1, device, options.pop("class_labels", None), generator)
+        labels = self.prepare_class_labels(1, device, options.get("class_labels"), generator)
         if image is not None:
             if ends is not None:
                 raise ValueError("Pass `image` or `latents`, not both.")
-            ends = self.invert(image, teacher, num_inversion_steps, height, width, class_labels)
-        if ends is not None and len(ends) != 2:
-            raise ValueError(f"A way has two ends, got {len(ends)}.")
+            images = self.preprocess(image, None, *self.image_size(height, width))
+            _check_ends(images)
+            ends = self.invert(images, teacher, num_inversion_steps, labels)
+        elif ends is not None:
+            _check_ends(ends)
         ends = self.prepare_noise(2, height, width, device, generator, ends)
         options["latents"] = slerp(ends[:1], ends[1:], torch.linspace(0, 1, num_frames, device=device))
-        options["class_labels"] = class_labels
-        options["generator"] = _copies(generator, num_frames, device)
+        options["class_labels"], options["generator"] = labels, _copies(generator, num_frames, device)
         return self._sample(num_frames, height, width, num_inference_steps=num_inference_steps, **options)
 
     @torch.no_grad()
-    def invert(
-        self,
-        image: Any,
-        teacher: Any,
-        num_steps: int = 40,
-        height: int | None = None,
-        width: int | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
+    def invert(self, images: Tensor, teacher: Any, num_steps: int = 40, class_labels: Tensor | None = None) -> Tensor:
         """The noise that a diffusion model's samples would have started from, had they been these images.
 
-        Its probability-flow ODE is followed upwards, from `sigma_min` to `sigma_max` of the student, by Heun's method.
+        Its probability-flow ODE is followed upwards by Heun's method, from `sigma_min` of the student, or the lowest
+        level that it knows, to `sigma_max`.
 
         Args:
-            image: as in `__call__`, one or several.
-            teacher (pipeline, or `tuple` of a network and its scheduler): the diffusion model.
+            images (`Tensor` of shape `(batch, channels, height, width)`): in the model's range of values.
+            teacher (pipeline, or `tuple` of a network and its scheduler): the diffusion model, on the same device.
             num_steps (`int`): of the solver.
-            height, width (`int`, *optional*): what images are resized to; the model's own size when `None`.
-            class_labels (`Tensor` of shape `(1,)`, *optional*): of the images, for class-conditional teachers.
+            class_labels (`Tensor` of shape `(1,)`, *optional*): of the images; class-conditional teachers get it.
 
         Returns:
-            `Tensor` of shape `(batch, channels, height, width)`: of about unit variance, as `latents` are.
+            `Tensor` of the shape of `images`: of about unit variance, as `latents` are.
+
+        Raises:
+            `ValueError`, `TypeError`: for a teacher that does not fit the student.
         """
-        unet, scheduler = teacher if isinstance(teacher, tuple | list) else (teacher.unet, teacher.scheduler)
-        denoise = Denoiser(unet, read_preconditioning(scheduler))
-        images = self.preprocess(image, None, *self.image_size(height, width)).to(self._execution_device)
-        config = self.scheduler.config
-        sigmas = karras_grid(num_steps + 1, config.sigma_min, config.sigma_max)
-        labels: dict[str, Any] = {} if class_labels is None else {"class_labels": class_labels.expand(len(images))}
-        return follow(denoise, images.float(), sigmas, **labels) / config.sigma_max
+        unet, scheduler = _network_and_scheduler(teacher)
+        family, config, device = read_preconditioning(scheduler), self.scheduler.config, self._execution_device
+        low, high = family.sigma_range
+        if isinstance(scheduler, ConsistencyScheduler) or isinstance(family, CMPreconditioning):
+            raise ValueError("A consistency model has no probability-flow ODE to follow: pass a diffusion model.")
+        if config.sigma_max > high * (1 + 1e-6):
+            raise ValueError(f"The student starts from noise of {config.sigma_max:g}; its teacher knows {high:g}.")
+        image_range = getattr(family, "image_range", (-1.0, 1.0))
+        if tuple(image_range) != tuple(config.image_range):
+            raise ValueError(f"The teacher's images lie in {image_range}, and the student's in {config.image_range}.")
+        if unet.device != device:
+            raise ValueError(f"The teacher is on {unet.device}, and the pipeline on {device}.")
+        labels: dict[str, Any] = {}
+        if class_labels is not None and unet.config.num_class_embeds is not None:
+            labels = {"class_labels": class_labels.expand(len(images))}
+        points = check_count("num_inversion_steps", num_steps) + 1
+        sigmas = karras_grid(points, max(low, config.sigma_min), config.sigma_max)
+        was_training = unet.training
+        unet.eval()  # dropout would make noise of its own
+        try:
+            found = follow(Denoiser(unet, family), images.to(device, torch.float32), sigmas, **labels)
+        finally:
+            unet.train(was_training)
+        return found / config.sigma_max
+
+
+def _network_and_scheduler(teacher: Any) -> tuple[Any, Any]:
+    if isinstance(teacher, tuple | list) and len(teacher) == 2:
+        return teacher[0], teacher[1]
+    if hasattr(teacher, "unet") and hasattr(teacher, "scheduler"):
+        return teacher.unet, teacher.scheduler
+    raise TypeError(f"`teacher` must be a pipeline, or a network and its scheduler, got {type(teacher).__name__}.")
+
+
+def _check_ends(ends: Tensor) -> None:
+    if len(ends) != 2:
+        raise ValueError(f"A way has two ends, got {len(ends)}.")
 
 
 def slerp(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
@@ -144,11 +171,11 @@ def slerp(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(frames, ...)`: of the length of the ends all the way, where these are of one.
     """
-    a, b = one.double(), other.double()
+    a, b = one.float(), other.float()
     cosine = (a * b).sum() / (a.norm() * b.norm())
-    share = share.double().view(-1, *[1] * (one.ndim - 1))
+    share = share.float().view(-1, *[1] * (one.ndim - 1))
     angle = cosine.clamp(-1, 1).arccos()
-    if angle.sin() < 1e-6:  # no way is the shortest, or all are straight
+    if not angle.sin() > 1e-3:  # no way is the shortest, or all are straight
         return torch.lerp(a, b, share).to(one.dtype)
     return (((1 - share) * angle).sin() * a + (share * angle).sin() * b).div(angle.sin()).to(one.dtype)
 

@@ -65,12 +65,14 @@ class ConsistencyRestorationPipeline(ConsistencyPipeline):
         Examples:
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the images. They keep what is known, up to rounding: values that cannot
-            be shown are brought into range by what is not known, where the basis can do that.
+            [`ImagePipelineOutput`] or `tuple`: the images. They keep what is known, up to rounding: exactly as
+            `output_type="latent"`, which is not clipped, and in all others if the basis can bring values into range by
+            what is not known.
 
         Raises:
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
+        options = self._edit_options(options)
         known = known.to(self._execution_device)
         start = known.start()
         channels = self.unet.config.in_channels

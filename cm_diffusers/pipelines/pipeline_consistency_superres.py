@@ -9,7 +9,6 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
-from cm_diffusers.pipelines.inputs import size_of
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
@@ -68,18 +67,17 @@ class ConsistencySuperResolutionPipeline(ConsistencyRestorationPipeline):
             cannot take.
         """
         means = self.preprocess(image, batch_size)
-        factor = self._factor(size_of(image)) if factor is None else factor
+        factor = self._factor(means.shape[-2], means.shape[-1]) if factor is None else factor
         return super().__call__(Known.patch_means(means, factor), num_inference_steps, **options)
 
-    def _factor(self, size: tuple[int, int]) -> int:
-        wanted = self.image_size()
-        if None in wanted:
+    def _factor(self, height: int, width: int) -> int:
+        model_height, model_width = self.image_size()
+        if model_height is None or model_width is None:
             raise ValueError("The model's config has no `sample_size`: pass `factor`.")
-        factors = {large / small for large, small in zip(wanted, size, strict=True) if large is not None}
-        factor = factors.pop()
-        if factors or factor != int(factor) or factor < 2:
+        factor = model_height // height
+        if factor < 2 or (factor * height, factor * width) != (model_height, model_width):
             raise ValueError(
-                f"No whole factor leads from {size[0]} x {size[1]} pixels to the model's {wanted[0]} x {wanted[1]}: "
+                f"No whole factor leads from {height} x {width} pixels to the model's {model_height} x {model_width}: "
                 "resize the image, or pass `factor`."
             )
-        return int(factor)
+        return factor

@@ -29,6 +29,7 @@ from cm_diffusers import (
 )
 from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.noise_levels import karras_grid
+from cm_diffusers.pipelines.inputs import read_images, read_masks
 from cm_diffusers.pipelines.known import LUMA_WEIGHTS, luma
 from cm_diffusers.pipelines.pipeline_consistency_denoise import estimate_noise_level
 from cm_diffusers.pipelines.pipeline_consistency_interpolation import slerp
@@ -99,7 +100,7 @@ def published(name: str, y: Tensor, pipe: Any, sigmas: list[float], noises: list
     """
     f = Denoiser(pipe.unet, pipe.scheduler.boundary)
     if name == "colorize":
-        q = orthogonal(LUMA_WEIGHTS)
+        q = orthogonal(torch.tensor(LUMA_WEIGHTS, dtype=torch.float64))
         forward = lambda x: torch.einsum("bchw,cd->bdhw", x, q)  # noqa: E731
         back = lambda x: torch.einsum("bdhw,cd->bchw", x, q)  # noqa: E731
         omega = torch.tensor([1.0, 0, 0], dtype=torch.float64).view(1, 3, 1, 1)
@@ -186,6 +187,33 @@ def test_one_image_and_several_results(name):
     torch.testing.assert_close(measured(name, several), measured(name, image.expand(3, -1, -1, -1)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_known_comes_back_through_half_precision(name, dtype):
+    image = pictures()
+    result = edit(name, image, ConsistencyPipeline(build_unet().to(dtype), ConsistencyScheduler()))
+    torch.testing.assert_close(measured(name, result), measured(name, image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_flow_maps_edit(name):
+    scheduler = ConsistencyScheduler.from_teacher(diffusers.EDMEulerScheduler(), flow_map=True, boundary="euler")
+    pipe = ConsistencyPipeline(build_unet(class_embed_type="timestep"), scheduler)
+    image = pictures()
+    for _ in range(3):
+        result = edit(name, image, pipe, num_inference_steps=3)
+    torch.testing.assert_close(measured(name, result), measured(name, image), rtol=0, atol=1e-5)
+    assert len(pipe.unet.class_embedding._forward_pre_hooks) == 1
+
+
+def test_images_without_a_class_have_none_where_that_was_trained():
+    pipe = ConsistencyPipeline(build_unet(num_class_embeds=5), ConsistencyScheduler(), null_class_label=4)
+    image, results = pictures(), {}
+    for label in (None, 4, 0):
+        results[label] = edit("inpaint", image, pipe, class_labels=label)
+    assert torch.equal(results[None], results[4]) and not torch.equal(results[None], results[0])
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_stock_pipelines_edit_without_copies(name):
     stock = ConsistencyModelPipeline(build_unet(), CMStochasticIterativeScheduler())
@@ -218,6 +246,36 @@ def test_grey_comes_in_every_form():
     assert results[0].shape == (1, 3, 8, 8)
 
 
+def test_bytes_and_floats_say_the_same():
+    bytes_ = (pictures(1) * 255).round().to(torch.uint8)
+    array = bytes_[0].permute(1, 2, 0).numpy()
+    forms = [bytes_ / 255, bytes_, array, array / 255, [array], bytes_[0], PIL.Image.fromarray(array)]
+    for name in EDITS[:2]:
+        pipe = pipeline(ConsistencyImg2ImgPipeline if name == "inpaint" else ConsistencyColorizePipeline)
+        results = [pipe(form, generator=seeded(), output_type="pt").images for form in forms]
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=0, atol=1e-5)
+    noisy = [pipeline(ConsistencyDenoisePipeline)(form, 0.1, output_type="pt").images for form in forms]
+    torch.testing.assert_close(noisy[2], noisy[0], rtol=0, atol=1e-5)
+
+
+def test_masks_are_black_and_white_in_every_way():
+    picture = torch.zeros(8, 8, dtype=torch.uint8)
+    picture[:, :4] = 1
+    forms = [left_half(), left_half().long(), picture, picture * 255, picture.numpy(), (picture * 255).numpy(),
+             picture.bool(), PIL.Image.fromarray((picture * 255).numpy()).convert("RGBA")]  # fmt: skip
+    for form in forms:
+        assert torch.equal(read_masks(form), left_half().bool())
+
+
+def test_images_are_resized_without_aliasing():
+    stripes = torch.tensor([0.0, 1.0]).repeat(32).expand(1, 3, 64, 64)
+    array = stripes[0].permute(1, 2, 0).numpy()
+    for form in (stripes, array, PIL.Image.fromarray((array * 255).astype(np.uint8))):
+        assert read_images(form, 3, 8, 8).sub(0.5).abs().max() < 0.1
+    assert read_images(PIL.Image.new("RGBA", (16, 16)), 4, 8, 8).shape == (1, 4, 8, 8)
+
+
 def test_the_factor_leads_to_the_models_size():
     pipe = pipeline(ConsistencySuperResolutionPipeline)
     small = pictures(1, 2, 2)
@@ -248,10 +306,12 @@ def test_img2img_starts_from_the_image_and_as_much_noise_as_it_says():
 MIXTURE = PointMixture(torch.tensor([[[[0.5, -0.5], [0.2, 0.8]]], [[[-0.7, 0.1], [0.6, -0.3]]]]), 0.1)
 
 
-class IdealNetwork:
+class IdealNetwork(torch.nn.Module):
     """An EDM network that says what the best denoiser of a mixture says."""
 
-    def __call__(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         sigma = (4 * timestep.double()).exp()[:, None, None, None]
         x = sample.double() * (sigma**2 + 0.25) ** 0.5
         denoised = MIXTURE.denoise(x, sigma.flatten())
@@ -276,10 +336,12 @@ def test_the_noise_level_is_found(sigma):
     assert estimate_noise_level(smooth) < 0.01
 
 
-def test_an_estimated_level_stays_within_the_students():
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_estimated_level_stays_within_the_students(steps):
     pipe = pipeline(ConsistencyDenoisePipeline)
     flat = torch.full((1, 3, 8, 8), 0.25)
-    torch.testing.assert_close(pipe(flat, output_type="pt").images, flat, rtol=0, atol=1e-5)
+    result = pipe(flat, num_inference_steps=steps, output_type="pt").images
+    torch.testing.assert_close(result, flat, rtol=0, atol=1e-5)
 
 
 def test_walks_begin_and_end_at_the_samples_of_their_ends():
@@ -313,11 +375,18 @@ def test_an_inverted_image_is_what_the_ode_leads_back_to():
     student = ConsistencyScheduler.from_teacher(scheduler, sigma_min=0.02, sigma_max=20.0)
     pipe = pipeline(ConsistencyInterpolationPipeline, student, in_channels=1, out_channels=1, sample_size=2)
     image = (MIXTURE.draw(2).float() / 2 + 0.5).clamp(0, 1)
-    noise = pipe.invert(image, (network, scheduler), num_steps=60)
+    noise = pipe.invert(2 * image - 1, (network, scheduler), num_steps=60)
     assert 0.2 < noise.std() < 3
     denoise = Denoiser(network, read_preconditioning(scheduler))
     back = follow(denoise, noise * 20.0, karras_grid(61, 0.02, 20.0).flip(0))
     torch.testing.assert_close(back, 2 * image - 1, rtol=0, atol=5e-3)
+
+
+def test_dropout_does_not_invert():
+    pipe, unet = pipeline(ConsistencyInterpolationPipeline), build_unet(dropout=0.5).train()
+    images = 2 * pictures(2) - 1
+    noises = [pipe.invert(images, (unet, diffusers.EDMEulerScheduler()), num_steps=2) for _ in "ab"]
+    assert torch.equal(*noises) and unet.training
 
 
 def test_a_walk_between_images_needs_a_teacher():
@@ -359,6 +428,10 @@ def test_a_known_blur_is_undone_where_it_lets_anything_through():
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
+def walk(image, teacher):
+    return pipeline(ConsistencyInterpolationPipeline)(image, teacher)
+
+
 GREY = Known(pictures(channels=1), torch.tensor(True))
 
 
@@ -381,6 +454,23 @@ GREY = Known(pictures(channels=1), torch.tensor(True))
         (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), noise_level=0.1, sigmas=[1.0]), "not both"),
         (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), timesteps=[3]), "cannot be chosen"),
         (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), 0.1, num_inference_steps=39), "exceeds"),
+        (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), 25), r"in \[0.001, 1\]"),
+        (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), sigmas=[]), "descending order"),
+        (lambda: pipeline(ConsistencyDenoisePipeline)(pictures(1), height=8), "no argument 'height'"),
+        (lambda: pipeline(ConsistencySuperResolutionPipeline)(pictures(1, 4, 4), width=8), "no argument 'width'"),
+        (lambda: pipeline(ConsistencySuperResolutionPipeline)([*pictures(1, 4, 4), *pictures(1, 2, 2)]), "several"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline)(pictures(1), "0.5"), "`strength` must lie"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline)([]), "empty list"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline)("room.png"), "unknown format: str"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline)(pictures(1).int()), "floating point numbers or bytes"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline)(PIL.Image.new("I;16", (8, 8))), "mode 'I;16'"),
+        (lambda: pipeline(ConsistencyInpaintPipeline)(pictures(1), PIL.Image.new("RGBA", (8, 8))), "transparent"),
+        (lambda: pipeline(ConsistencyInpaintPipeline)(pictures(2), [left_half()[0], left_half(4, 8)[0]]), "one size"),
+        (lambda: walk(pictures(3), (build_unet(), diffusers.EDMEulerScheduler())), "two ends, got 3"),
+        (lambda: walk(pictures(2), "teacher"), "must be a pipeline"),
+        (lambda: walk(pictures(2), (build_unet(), ConsistencyScheduler())), "consistency model has no"),
+        (lambda: walk(pictures(2), (build_unet(), diffusers.EDMEulerScheduler(sigma_max=9.0))), "its teacher knows 9"),
+        (lambda: walk(pictures(2), (build_unet().to("meta"), diffusers.EDMEulerScheduler())), "on meta"),
         (lambda: pipeline(ConsistencyInterpolationPipeline)(num_frames=1), "at least 2"),
         (lambda: pipeline(ConsistencyInterpolationPipeline)(pictures(2)), "go together"),
         (lambda: pipeline(ConsistencyInterpolationPipeline)(latents=torch.randn(3, 3, 8, 8)), "two ends"),

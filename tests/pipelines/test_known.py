@@ -32,15 +32,15 @@ def test_bases_keep_lengths_and_lead_back(basis):
 
 def test_the_first_coefficients_are_luma_and_means():
     x = images()
-    torch.testing.assert_close(Luma().coefficients(x)[:, 0], luma(x)[:, 0] * LUMA_WEIGHTS.sum() / LUMA_WEIGHTS.norm())
+    length = sum(weight**2 for weight in LUMA_WEIGHTS) ** 0.5
+    torch.testing.assert_close(Luma().coefficients(x)[:, 0], luma(x)[:, 0] * sum(LUMA_WEIGHTS) / length)
     means = torch.nn.functional.avg_pool2d(x, 4)
     torch.testing.assert_close(Patches(4).coefficients(x)[:, :, 0], 4 * means)
 
 
 def test_a_reflection_exchanges_two_axes():
-    axis = torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64)
-    first = torch.eye(3)[:1]
-    torch.testing.assert_close(reflect(first, axis, 1)[0], (axis / 3).float())
+    axis, first = (1.0, 2.0, -2.0), torch.eye(3)[:1]
+    torch.testing.assert_close(reflect(first, axis, 1)[0], torch.tensor(axis) / 3)
     torch.testing.assert_close(reflect(reflect(first, axis, 1), axis, 1), first)
 
 
@@ -49,7 +49,7 @@ def test_what_is_put_back_is_what_the_published_change_of_basis_puts_back(edit):
     """Whatever completes the basis."""
     y, x = images(seed=1).double(), images(seed=2).double()
     if edit == "luma":
-        q = orthogonal(LUMA_WEIGHTS)
+        q = orthogonal(torch.tensor(LUMA_WEIGHTS, dtype=torch.float64))
         kept = torch.diag(torch.tensor([1.0, 0, 0], dtype=torch.float64))
         mixing = q @ kept @ q.T
         expected = x + torch.einsum("cd,bdhw->bchw", mixing, y - x)
@@ -75,10 +75,30 @@ def test_all_known_is_the_image_and_nothing_known_is_the_other():
 
 
 def test_half_precision_is_not_that_of_the_basis():
-    y, x = images(seed=1), images(seed=2).half()
-    found = Known.luma(luma(y)).put_back(x)
+    y, x = images(seed=1), images(seed=2)
+    found = Known.luma(luma(y)).put_back(x.half())
     assert found.dtype == torch.float16
     assert float((luma(found.float()) - luma(y)).abs().max()) < 1e-3
+    half = Known.luma(luma(y).half())
+    kept = half.put_back(x)
+    torch.testing.assert_close(Luma().coefficients(kept)[:, 0], half.coefficients[:, 0].float(), rtol=0, atol=1e-6)
+
+
+def test_a_basis_with_tensors_goes_along():
+    class Mixing:
+        def __init__(self, device="cpu"):
+            self.device = device
+
+        def coefficients(self, images):
+            return images
+
+        images = coefficients
+
+        def to(self, device):
+            return Mixing(str(device))
+
+    known = Known(images(), torch.tensor(True), Mixing())
+    assert known.to("meta").basis.device == "meta" == known.to("meta").mask.device.type
 
 
 @pytest.mark.parametrize("edit", ["luma", "means"])
@@ -106,6 +126,8 @@ def test_what_is_in_range_stays():
         (lambda: Known(images(), torch.ones(2, 3, 8, 11, dtype=torch.bool)), "does not fit"),
         (lambda: Known(images(1), torch.ones(2, 3, 8, 12, dtype=torch.bool)), "does not fit"),
         (lambda: Known(images(), torch.ones(2, 3, 8, 12)), "booleans"),
+        (lambda: Known((images() * 9).int(), torch.tensor(True)), "real or complex"),
+        (lambda: Patches(5).coefficients(images()), "does not divide images of 8 x 12"),
         (lambda: Known.patch_means(images(), 1), "at least 2"),
         (lambda: Known.patch_means(images(), 2.0), "at least 2"),
     ],
