@@ -34,8 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Geng et al. 2024
     "ect": {**_EASY, "source": "data"},
-    # Euler: where r is sigma_min, Heun's second slope would be one of hardly any noise.
-    "ecd": {**_EASY, "source": "teacher", "solver": "euler"},
+    # A teacher's steps have no variance: pairs need not be as near as of data, if Heun bridges them.
+    "ecd": {**_EASY, "stages": 5, "source": "teacher", "solver": "heun"},
     # Lee et al. 2024
     "tcm": {**_EASY, "source": "data", "truncation": 1.0},
     # Lu & Song 2024
