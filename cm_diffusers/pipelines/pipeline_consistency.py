@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from diffusers import ConsistencyModelPipeline, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
@@ -19,6 +16,7 @@ from torch import Tensor
 from cm_diffusers.network_config import class_labels
 from cm_diffusers.pipelines.inputs import as_batch, count_of, read_images
 from cm_diffusers.pipelines.known import Known
+from cm_diffusers.pipelines.stored import StoredPipeline
 from cm_diffusers.preconditioning import network_output
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
 
@@ -59,7 +57,7 @@ class SamplingOptions(TypedDict, total=False):
     callback_on_step_end_tensor_inputs: Sequence[str]
 
 
-class ConsistencyPipeline(DiffusionPipeline):
+class ConsistencyPipeline(StoredPipeline):
     r"""
     Unconditional or class-conditional image generation with a consistency model.
 
@@ -425,80 +423,6 @@ class ConsistencyPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `_interrupt` in a callback to stop sampling early."""
         return self._interrupt
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """This pipeline over the components of another, without copying them, in the precision that they have.
-
-        Args:
-            pipeline (`DiffusionPipeline`): a `ConsistencyModelPipeline` or a pipeline of this package.
-            kwargs: components and config values that replace the other's; `dtype` converts both, as everywhere in
-                diffusers.
-        """
-        dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
-        made = cls(**{**pipeline.components, "null_class_label": pipeline.config.get("null_class_label"), **kwargs})
-        return made.to(dtype=dtypes[0]) if dtypes else made
-
-    # Saving and loading ---------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As everywhere in diffusers, without the place that the network was loaded from, which is of this machine."""
-        self.unet.register_to_config(_name_or_path="")
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Write `model_index.json`; under stock names when stock diffusers computes the same."""
-        index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # a folder of this machine
-        if index.get("null_class_label") is None:
-            index.pop("null_class_label", None)
-        index["_class_name"] = ConsistencyPipeline.__name__  # whichever way of sampling saved it
-        if self.scheduler.is_stock:
-            index["_class_name"] = ConsistencyModelPipeline.__name__
-            index["scheduler"] = ["diffusers", STOCK_CLASS]
-        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish the pipeline with a model card. Returns the address of the commit.
-
-        Args:
-            repo_id (`str`): `name`, `user/name` or `organisation/name`.
-            options: `private`, `token`, `revision`, `commit_message`, `create_pr` of
-                [`~cm_diffusers.hub.push_to_hub`].
-
-        Raises:
-            [`~cm_diffusers.hub.push.PushError`]: if the Hub refuses or cannot be reached.
-        """
-        import tempfile
-
-        from cm_diffusers.hub import push_to_hub
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_to_hub(folder, repo_id, **options)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
-        """Fetch a repository of the Hub and return its folder.
-
-        diffusers' own `download` refuses repositories whose classes live outside diffusers.
-
-        Args:
-            pretrained_model_name (`str`): a Hub id.
-            kwargs: of `DiffusionPipeline.download`: `cache_dir`, `force_download`, `local_files_only`, `token`,
-                `revision` and `variant`; the others are for other repositories.
-        """
-        from huggingface_hub import snapshot_download
-
-        passed = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
-            if kwargs.get(name) is not None
-        }
-        variant = kwargs.get("variant")
-        weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-        patterns = ["*.json", weights] + ([f"*.safetensors.index.{variant}.json"] if variant else [])
-        return snapshot_download(str(pretrained_model_name), allow_patterns=patterns, **passed)
 
 
 def _in_precision(embedding: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
