@@ -19,6 +19,7 @@ from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.schedules import mu_schedule
 
 POINTS = PointMixture(torch.tensor([[-0.8, -0.4], [0.8, -0.4], [0.0, 0.9]]).view(3, 2, 1, 1), 0.15)
+GAUSSIAN = PointMixture(torch.tensor([0.3, -0.5]).view(1, 2, 1, 1), 0.4)
 IMAGES = PointMixture((torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(3)) > 0.5) * 1.6 - 0.8, 0.15)
 # LPIPS sees nothing in points, and runs this short have no time for many levels.
 SHORT = {
@@ -34,11 +35,13 @@ class IdealTeacher:
     scheduler: Any = None
 
 
-def train(method, problem, monkeypatch, steps, batch=128):
+def train(method, problem, monkeypatch, steps, batch=128, **choices):
     """The evaluation weights of a run, and its scheduler."""
     monkeypatch.setattr(phases, "needs_conversion", lambda *schedulers: False)
     torch.manual_seed(0)
-    options = {"max_train_steps": steps, "learning_rate": 3e-3, "lr_schedule": "cosine", **SHORT.get(method, {})}
+    options = (
+        {"max_train_steps": steps, "learning_rate": 3e-3, "lr_schedule": "cosine"} | SHORT.get(method, {}) | choices
+    )
     config = ConsistencyConfig(method=method, **options).resolve()
     scheduler = ConsistencyScheduler(
         family="edm", sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, flow_map=bool(config.flow_map),
@@ -77,9 +80,9 @@ def consistency_function(network, scheduler):
     return f
 
 
-def check(method, problem, monkeypatch, steps, share):
+def check(method, problem, monkeypatch, share, **choices):
     """The error of f is below a share of the posterior mean's, which is what a diffusion model says in one step."""
-    f = consistency_function(*train(method, problem, monkeypatch, steps))
+    f = consistency_function(*train(method, problem, monkeypatch, STEPS.get(method, 700), **choices))
     truth, levels = ode_solution(problem), (1.5, SIGMA_MAX)
     posterior_mean = error(problem.denoise, truth, problem, levels, count=500)
     assert error(f, truth, problem, levels, count=500) < share * posterior_mean
@@ -87,9 +90,17 @@ def check(method, problem, monkeypatch, steps, share):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reaches_the_consistency_function_of_points(method, monkeypatch):
-    check(method, POINTS, monkeypatch, STEPS.get(method, 700), share=0.5)
+    check(method, POINTS, monkeypatch, share=0.5)
 
 
-@pytest.mark.parametrize("method", ["ecd", "scd", "tcm"])
-def test_methods_reach_the_consistency_function_of_images(method, monkeypatch):
-    check(method, IMAGES, monkeypatch, 700, share=0.65)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_the_consistency_function_of_a_gaussian(method, monkeypatch):
+    check(method, GAUSSIAN, monkeypatch, share=0.25)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_the_consistency_function_of_images(method, monkeypatch):
+    # MeanFlow's published weight is that of a regression to the median: from data whose images lie far apart, it leads
+    # elsewhere (a share of 0.8; 0.48 without the weight). A teacher's velocity has no variance.
+    choices = {"source": "teacher"} if method == "meanflow" else {}
+    check(method, IMAGES, monkeypatch, share=0.65, **choices)
