@@ -272,19 +272,6 @@ class ConsistencyPipeline(StoredPipeline):
         latents: Tensor | None = None,
     ) -> Tensor:
         """The first state: unit-variance noise, drawn or given, times `init_noise_sigma`."""
-        noise = self.prepare_noise(batch_size, height, width, device, generator, latents)
-        return noise * self.scheduler.init_noise_sigma
-
-    def prepare_noise(
-        self,
-        batch_size: int,
-        height: int | None,
-        width: int | None,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Unit-variance noise, drawn or given, of the shape of images."""
         height, width = self.image_size(height, width)
         if latents is not None:
             height, width = height or latents.shape[-2], width or latents.shape[-1]
@@ -300,7 +287,7 @@ class ConsistencyPipeline(StoredPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, self.unet.dtype)
+        return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
     @property
     def classes(self) -> list[int]:

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from setting import make_network
 from timing import median_seconds
 
 from cm_diffusers import (
@@ -32,13 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
 
-    unet = UNet2DModel(
-        sample_size=options.size,
-        block_out_channels=(options.channels, options.channels),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    ).to(device)
+    unet = make_network(options.size, options.channels).to(device)
     plain = ConsistencyPipeline(unet.eval(), ConsistencyScheduler()).to(device)
     images = torch.rand(options.batch_size, 3, options.size, options.size)
     mask = (torch.rand(1, 1, options.size, options.size) > 0.5).float()

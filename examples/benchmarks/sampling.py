@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from setting import make_network
 from timing import median_seconds, peak_memory
 
 from cm_diffusers import ConsistencyPipeline
@@ -24,13 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
 
-    unet = UNet2DModel(
-        sample_size=options.size,
-        block_out_channels=(options.channels, options.channels),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    ).to(device)
+    unet = make_network(options.size, options.channels).to(device)
     stock = ConsistencyModelPipeline(unet.eval(), CMStochasticIterativeScheduler()).to(device)
     ours = ConsistencyPipeline(unet, stock.scheduler).to(device)
     for pipeline in (stock, ours):
