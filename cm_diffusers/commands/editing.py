@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 from cm_diffusers.commands.options import Parser, add_model_options, load_student
 from cm_diffusers.commands.sampling import save_image
 
+# The pipeline of each edit, and what it does.
 EDITS = {
-    "inpaint": "Repaint what is white in a mask.",
-    "colorize": "Colour grey pictures; their luma stays.",
-    "superres": "Enlarge pictures; each of their pixels stays as the mean of a patch.",
-    "img2img": "Vary pictures, or turn strokes into images.",
-    "denoise": "Remove white noise.",
-    "interpolate": "Walk from one image to another: from noise to noise, or between two pictures.",
-}
-PIPELINES = {
-    "inpaint": "ConsistencyInpaintPipeline", "colorize": "ConsistencyColorizePipeline",
-    "superres": "ConsistencySuperResolutionPipeline", "img2img": "ConsistencyImg2ImgPipeline",
-    "denoise": "ConsistencyDenoisePipeline", "interpolate": "ConsistencyInterpolationPipeline",
+    "inpaint": ("ConsistencyInpaintPipeline", "Repaint what is white in a mask."),
+    "colorize": ("ConsistencyColorizePipeline", "Colour grey pictures; their luma stays."),
+    "superres": (
+        "ConsistencySuperResolutionPipeline", "Enlarge pictures; each of their pixels stays as the mean of a patch."
+    ),
+    "img2img": ("ConsistencyImg2ImgPipeline", "Vary pictures, or turn strokes into images."),
+    "denoise": ("ConsistencyDenoisePipeline", "Remove white noise."),
+    "interpolate": (
+        "ConsistencyInterpolationPipeline",
+        "Walk from one image to another: from noise to noise, or between two pictures.",
+    ),
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def edit(arguments: Sequence[str]) -> None:
     """`cm-diffusers edit KIND`: one PNG for each result, and one grid of all beside what they were made from."""
     parser = Parser("edit")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="EDIT", parser_class=argparse.ArgumentParser)
-    for name, text in EDITS.items():
+    for name, (_, text) in EDITS.items():
         kinds.add_parser(name, help=text, add_help=False)
     kind = parser.parse_args(arguments[:1]).kind
     parser = _parser_of(kind)
@@ -43,7 +44,7 @@ def edit(arguments: Sequence[str]) -> None:
 
 
 def _parser_of(kind: str) -> Parser:
-    parser = Parser(f"edit {kind}", EDITS[kind])
+    parser = Parser(f"edit {kind}", EDITS[kind][1])
     add = parser.add_argument
     add("model", metavar="PATH", help="folder or Hub id of the student")
     steps = {"img2img": 2, "denoise": 1, "interpolate": 1}.get(kind, 8)
@@ -65,7 +66,7 @@ def _parser_of(kind: str) -> Parser:
         add("--num_images", type=int, default=1, help="results for each picture (default: 1)")
     add("--steps", type=int, default=steps, help=f"network evaluations of each result (default: {steps})")
     add("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
-    add("--class_label", type=int, help="for class-conditional students; drawn when left out")
+    add("--class_label", type=int, help="of class-conditional students; none, or one that is drawn, when left out")
     add_model_options(parser)
     add("--seed", type=int, default=0, help="result i of a picture is drawn with seed + i (default: 0)")
     add("--output_dir", default="outputs/edits", help="where the results go")
@@ -123,7 +124,7 @@ def _walk(options: argparse.Namespace) -> Iterator[Row]:
 def _pipeline(kind: str, options: argparse.Namespace) -> Any:
     import cm_diffusers
 
-    return load_student(options, getattr(cm_diffusers, PIPELINES[kind]))
+    return load_student(options, getattr(cm_diffusers, EDITS[kind][0]))
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

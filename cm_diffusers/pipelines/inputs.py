@@ -49,9 +49,6 @@ def read_masks(mask_image: Any, height: int | None = None, width: int | None = N
     Raises:
         `ValueError`, `TypeError`: as in [`read_images`], and for pictures that are transparent in part.
     """
-    for one in mask_image if isinstance(mask_image, list | tuple) else [mask_image]:
-        if isinstance(one, PIL.Image.Image) and "A" in one.getbands() and np.asarray(one.getchannel("A")).min() < 255:
-            raise ValueError("`mask_image` is transparent in part, which says nothing: make it black and white.")
     masks = join("mask_image", to_tensors("mask_image", mask_image, 1, is_mask=True), height, width, "nearest-exact")
     if masks.shape[1] != 1:
         raise ValueError(f"`mask_image` must have one channel, got {masks.shape[1]}.")
@@ -66,13 +63,15 @@ def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool
         name (`str`): of the argument, for errors.
         given: see [`read_images`].
         channels (`int`, *optional*): that pictures are brought to; grey ones have one and others three when `None`.
-        is_mask (`bool`): whether whole numbers may be 0 and 1.
+        is_mask (`bool`): whole numbers may be 0 and 1, and pictures may not be transparent.
     """
     if isinstance(given, list | tuple):
         if not given:
             raise ValueError(f"`{name}` is an empty list.")
         return [tensor for one in given for tensor in to_tensors(name, one, channels, is_mask)]
     if isinstance(given, PIL.Image.Image):
+        if is_mask and "A" in given.getbands() and np.asarray(given.getchannel("A")).min() < 255:
+            raise ValueError(f"`{name}` is transparent in part, which says nothing: make it black and white.")
         given = np.asarray(_in_mode(name, given, channels))
     if isinstance(given, np.ndarray):
         found = torch.from_numpy(np.array(given))
@@ -105,13 +104,16 @@ def join(
     return torch.cat(images)
 
 
-def check_sizes(image: Any, mask_image: Any) -> None:
+def check_sizes(images: list[Tensor], masks: list[Tensor]) -> None:
     """See that each mask has the size of its image.
+
+    Args:
+        images, masks (`list[Tensor]`): as [`to_tensors`] gives them.
 
     Raises:
         `ValueError`: if one has not.
     """
-    sizes, mask_sizes = _sizes_of("image", image), _sizes_of("mask_image", mask_image)
+    sizes, mask_sizes = _sizes_of(images), _sizes_of(masks)
     count = max(len(sizes), len(mask_sizes))
     pairs = zip(sizes * (count // len(sizes)), mask_sizes * (count // len(mask_sizes)), strict=False)
     for one, other in pairs:
@@ -186,9 +188,6 @@ def _check_range(name: str, images: Tensor) -> None:
         raise ValueError(f"`{name}` must have values in [0, 1], got [{low:g}, {high:g}].")
 
 
-def _sizes_of(name: str, given: Any) -> list[tuple[int, int]]:
+def _sizes_of(images: list[Tensor]) -> list[tuple[int, int]]:
     """Height and width of each image."""
-    found = []
-    for tensor in to_tensors(name, given, is_mask=name == "mask_image"):
-        found += [(tensor.shape[-2], tensor.shape[-1])] * len(tensor)
-    return found
+    return [(part.shape[-2], part.shape[-1]) for part in images for _ in part]

@@ -10,9 +10,9 @@ from diffusers.utils import replace_example_docstring
 from torch import Tensor
 from typing_extensions import Unpack
 
+from cm_diffusers.pipelines.editing import SamplingOptions
 from cm_diffusers.pipelines.inputs import as_batch, count_of, read_images, to_tensors
 from cm_diffusers.pipelines.known import Known, luma
-from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
 
 EXAMPLE_DOC_STRING = """

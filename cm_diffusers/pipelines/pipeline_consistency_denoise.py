@@ -10,8 +10,8 @@ from diffusers.utils import replace_example_docstring
 from torch import Tensor
 from typing_extensions import Unpack
 
+from cm_diffusers.pipelines.editing import EditingPipeline, SamplingOptions
 from cm_diffusers.pipelines.inputs import check_count, read_images
-from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline, SamplingOptions
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -27,7 +27,7 @@ EXAMPLE_DOC_STRING = """
 NORMAL_MEDIAN = 0.6745
 
 
-class ConsistencyDenoisePipeline(ConsistencyPipeline):
+class ConsistencyDenoisePipeline(EditingPipeline):
     r"""
     Images without their noise (Song et al. 2023, section 6).
 
@@ -78,9 +78,8 @@ class ConsistencyDenoisePipeline(ConsistencyPipeline):
             options["sigmas"] = self._levels(images, noise_level, num_inference_steps)
         elif noise_level is not None:
             raise ValueError("Pass `noise_level` or `sigmas`, not both.")
-        first = [*(options["sigmas"] or ()), 1.0][0]  # that there is one is looked after where all are
-        options["latents"] = self.in_range(images) / first
-        return self._sample(len(images), images.shape[-2], images.shape[-1], **options)
+        options["latents"] = torch.zeros_like(images)  # no noise beside the image's own
+        return self._sample(len(images), start=self.in_range(images), **options)
 
     def _levels(self, images: Tensor, noise_level: float | None, num_inference_steps: int) -> list[float]:
         low, high = self.scheduler.config.image_range

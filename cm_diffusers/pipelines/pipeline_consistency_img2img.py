@@ -11,8 +11,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
+from cm_diffusers.pipelines.editing import EditingPipeline, SamplingOptions
 from cm_diffusers.pipelines.inputs import check_count
-from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline, SamplingOptions
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -30,7 +30,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ConsistencyImg2ImgPipeline(ConsistencyPipeline):
+class ConsistencyImg2ImgPipeline(EditingPipeline):
     r"""
     Images that resemble a given one (Meng et al. 2021; Song et al. 2023, section 6).
 

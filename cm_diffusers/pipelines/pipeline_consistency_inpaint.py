@@ -9,9 +9,9 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
-from cm_diffusers.pipelines.inputs import as_batch, check_sizes, read_masks
+from cm_diffusers.pipelines.editing import SamplingOptions
+from cm_diffusers.pipelines.inputs import as_batch, check_sizes, read_masks, to_tensors
 from cm_diffusers.pipelines.known import Known
-from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
 
 EXAMPLE_DOC_STRING = """
@@ -72,8 +72,10 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
         Raises:
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
-        check_sizes(image, mask_image)
-        values = self.preprocess(image, batch_size, *self.image_size(height, width))
-        masks = read_masks(mask_image, *values.shape[-2:])
-        known = Known(values, ~as_batch(masks, len(values), "mask_image"))
+        images = to_tensors("image", image, self.unet.config.in_channels)
+        masks = to_tensors("mask_image", mask_image, 1, is_mask=True)
+        check_sizes(images, masks)
+        values = self.preprocess(images, batch_size, *self.image_size(height, width))
+        unknown = read_masks(masks, *values.shape[-2:])
+        known = Known(values, ~as_batch(unknown, len(values), "mask_image"))
         return super().__call__(known, num_inference_steps, **options)

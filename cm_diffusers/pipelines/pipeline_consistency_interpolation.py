@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 
 from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.noise_levels import karras_grid
+from cm_diffusers.pipelines.editing import EditingPipeline, SamplingOptions
 from cm_diffusers.pipelines.inputs import check_count
-from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline, SamplingOptions
 from cm_diffusers.preconditioning import CMPreconditioning, Denoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.solvers import follow
@@ -30,7 +30,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ConsistencyInterpolationPipeline(ConsistencyPipeline):
+class ConsistencyInterpolationPipeline(EditingPipeline):
     r"""
     Images on the way from one sample to another (Song et al. 2023, section 6).
 

@@ -9,8 +9,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
+from cm_diffusers.pipelines.editing import EditingPipeline, SamplingOptions
 from cm_diffusers.pipelines.known import Known
-from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline, SamplingOptions
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -36,7 +36,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ConsistencyRestorationPipeline(ConsistencyPipeline):
+class ConsistencyRestorationPipeline(EditingPipeline):
     r"""
     Images that agree with what is known of them (Song et al. 2023, algorithm 4).
 

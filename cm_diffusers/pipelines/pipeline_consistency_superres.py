@@ -9,8 +9,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
+from cm_diffusers.pipelines.editing import SamplingOptions
 from cm_diffusers.pipelines.known import Known
-from cm_diffusers.pipelines.pipeline_consistency import SamplingOptions
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
 
 EXAMPLE_DOC_STRING = """
