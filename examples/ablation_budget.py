@@ -26,8 +26,13 @@ def step_passes(config: ConsistencyConfig, step: int = 0) -> int:
     target = 2 if config.levels == "continuous" or step >= first_stage_steps(config) else 1
     teacher = 0
     if config.source == "teacher":
-        teacher = (2 if config.solver == "heun" else 1) * (2 if config.guidance_scale != 1 else 1)
+        teacher = (2 if config.solver == "heun" else 1) * teacher_passes(config)
     return GRADIENT_PASSES + target + teacher + (3 if config.adversarial_weight else 0)
+
+
+def teacher_passes(config: ConsistencyConfig) -> int:
+    """Forward passes that asking the teacher once is worth."""
+    return 2 if config.guidance_scale != 1 else 1
 
 
 def passes_text(config: ConsistencyConfig) -> str:
@@ -46,4 +51,4 @@ def total_passes(config: ConsistencyConfig, converting: int, steps: int) -> int:
     images = config.batch_size * config.gradient_accumulation_steps
     first = min(steps, first_stage_steps(config))
     method = first * step_passes(config) + (steps - first) * step_passes(config, first)
-    return images * (converting * (GRADIENT_PASSES + 1) + method)
+    return images * (converting * (GRADIENT_PASSES + teacher_passes(config)) + method)
