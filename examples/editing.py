@@ -87,7 +87,7 @@ def train(task: Training) -> str:
     if not (place / "model_index.json").exists():
         images, _ = load(task.name)
         torch.manual_seed(0)
-        unet = make_unet(SIZE, (32, 64) if task.name == EMOJI else (16, 32, 32), images.shape[1])
+        unet = make_unet(SIZE, (16, 32, 32), images.shape[1])
         teacher = train_teacher(unet, images, task.teacher_steps, batch_size=64)
         diffusers.DDPMPipeline(teacher.unet, teacher.scheduler).save_pretrained(teacher_folder(task.folder, task.name))
         config = ConsistencyConfig(
@@ -299,7 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="outputs/editing", help="where everything goes")
     parser.add_argument("--teacher_steps", type=int, default=1000)
-    parser.add_argument("--student_steps", type=int, default=1500)
+    parser.add_argument("--student_steps", type=int, default=1000)
     parser.add_argument("--num_images", type=int, default=1000, help="that are measured, at most")
     given = parser.parse_args()
     folder = Path(given.output_dir)
