@@ -6,7 +6,8 @@ pretrained network F becomes a denoiser through four scalar functions of sigma (
     D(x; sigma) = c_skip(sigma) * x + c_out(sigma) * F(c_in(sigma) * x, c_noise(sigma))        ~ E[x0 | x]
 
 and a consistency function through a boundary form on top of it, for which `f(x, sigma_min) = x` exactly (Song et al.
-2023, equation 5). Schedulers, solvers, losses and export all take these numbers from here.
+2023, equation 5; the published latent models, in unit variance). Schedulers, solvers, losses and export all take these
+numbers from here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from cm_diffusers.networks import network_output, send
 
 BOUNDARIES = ("edm", "euler", "lcm")
 
@@ -256,18 +259,21 @@ def edm_boundary_scalings(sigma: Tensor, sigma_min: float | Tensor, sigma_data: 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The consistency function of a family of networks: `f = c_skip * x + c_out * F`, with `f(x, sigma_min) = x`.
+    """The consistency function of a family of networks: `f = c_skip * x + c_out * F`, the identity at `sigma_min`.
 
     All forms are `a(sigma) * x + b(sigma) * D(x; sigma)`:
 
     - `edm`: the paper's `c_skip, c_out` on EDM's F, which for EDM networks is the network itself;
     - `euler`: the exact Euler step of the PF-ODE to `sigma_min`, `a = sigma_min / sigma`, `b = 1 - a`;
-    - `lcm`: the scalings of diffusers' `LCMScheduler` in its discrete time (variance-preserving networks only).
+    - `lcm`: that of latent consistency models (Luo et al. 2023), as diffusers' `LCMScheduler` has it, for
+      variance-preserving networks: `c_skip(t) * z + c_out(t) * D` with `z = x / sqrt(1 + sigma^2)`, the state of unit
+      variance, and t in timesteps from `sigma_min` on. It is the identity of z, not of x, and counts as clean.
 
     Args:
         preconditioning ([`Preconditioning`]): the family of the network.
         form (`str`): `"edm"`, `"euler"` or `"lcm"`.
-        sigma_min (`float`, or `Tensor` of shape `(batch,)`): where f is the identity.
+        sigma_min (`float`, or `Tensor` of shape `(batch,)`): where f is the identity. That of `LCMScheduler` is the
+            level of timestep 0.
         timestep_scaling (`float`): sharpness of the `lcm` form.
     """
 
@@ -288,6 +294,11 @@ class Boundary:
         if self.form != "edm" and family is CMPreconditioning:
             raise ValueError(f"A consistency network is f itself: its `boundary` must be 'edm', got {self.form!r}.")
 
+    @property
+    def answer_level(self) -> float | Tensor:
+        """The level of what f answers: noise that leads back to a higher one is added to that."""
+        return 0.0 if self.form == "lcm" else self.sigma_min
+
     def scalings(self, sigma: Tensor) -> Scalings:
         base = self.preconditioning
         if self.form == "edm" and isinstance(base, CMPreconditioning | EDMPreconditioning):
@@ -306,8 +317,7 @@ class Boundary:
         lowest = torch.as_tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
         if self.form == "lcm":
             time = ((base.c_noise(sigma) - base.c_noise(lowest)) * self.timestep_scaling).to(sigma.dtype)
-            unit_variance = base.input_scale(lowest) / base.input_scale(sigma)
-            a = unit_variance / (1 + (time / sigma_data) ** 2)
+            a = 1 / (1 + (time / sigma_data) ** 2) / base.input_scale(sigma)
             return a, time / (time**2 + sigma_data**2) ** 0.5
         b = (sigma - self.sigma_min) / sigma
         if self.form == "euler":
@@ -316,28 +326,9 @@ class Boundary:
         return c_skip - b * sigma_data**2 / (sigma**2 + sigma_data**2), b
 
 
-def network_output(network: Callable[..., Any], sample: Tensor, c_noise: Tensor, **conditioning: Any) -> Tensor:
-    """F: the network's prediction without the variance that some networks (`learned_range`) predict beside it."""
-    output = network(sample, c_noise, return_dict=False, **conditioning)[0]
-    channels = sample.shape[1]
-    if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"The network maps {channels} channels to {output.shape[1]}; expected {channels} or twice that."
-        )
-    prediction: Tensor = output[:, :channels]
-    return prediction
-
-
 def second_time(preconditioning: HasScalings, sigma_lower: Tensor, device: torch.device) -> dict[str, Tensor]:
     """What the network of a flow map is told of the level, of shape `(batch,)`, that it jumps to."""
     return {"class_labels": send(preconditioning.scalings(sigma_lower).c_noise, device)}
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without waiting for what the device is busy with."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 class Denoiser:
@@ -370,23 +361,3 @@ class Denoiser:
         scaled = (sample.to(dtype) / input_scale).to(network_dtype)
         output = network_output(self.network, scaled, scalings.c_noise, **conditioning)
         return c_skip * sample + c_out * output.to(dtype)
-
-
-class GuidedDenoiser:
-    """Classifier-free guidance on a denoiser, both halves in one pass: `D_null + scale * (D_label - D_null)`.
-
-    Args:
-        denoiser ([`Denoiser`]): a class-conditional denoiser.
-        scale (`float`): guidance scale; 1 is no guidance.
-        null_class_label (`int`): the label that stands for "no class".
-    """
-
-    def __init__(self, denoiser: Denoiser, scale: float, null_class_label: int) -> None:
-        self.denoiser, self.scale, self.null_class_label = denoiser, scale, null_class_label
-
-    def __call__(self, sample: Tensor, sigma: Tensor | float, *, class_labels: Tensor, **conditioning: Any) -> Tensor:
-        sigma = torch.as_tensor(sigma).expand(len(sample))
-        labels = torch.cat([class_labels, torch.full_like(class_labels, self.null_class_label)])
-        denoised = self.denoiser(torch.cat([sample] * 2), torch.cat([sigma] * 2), class_labels=labels, **conditioning)
-        conditional, unconditional = denoised.chunk(2)
-        return torch.lerp(unconditional, conditional, self.scale)

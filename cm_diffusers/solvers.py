@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_diffusers.preconditioning import send
+from cm_diffusers.networks import send
 
 Denoise = Callable[..., Tensor]
 Solver = Callable[..., Tensor]

@@ -30,6 +30,7 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 
+from cm_diffusers.guidance import GuidedDenoiser, without_class
 from cm_diffusers.network_config import (
     EDM_SCHEDULERS,
     FLOW_SCHEDULERS,
@@ -40,6 +41,7 @@ from cm_diffusers.network_config import (
     preconditioning_from_config,
     read_preconditioning,
 )
+from cm_diffusers.networks import network_output
 from cm_diffusers.preconditioning import (
     BOUNDARIES,
     Boundary,
@@ -47,11 +49,9 @@ from cm_diffusers.preconditioning import (
     Denoiser,
     EDMPreconditioning,
     FlowPreconditioning,
-    GuidedDenoiser,
     Preconditioning,
     VEPreconditioning,
     VPPreconditioning,
-    network_output,
 )
 
 PROBLEMS = [pytest.param(Gaussian(), id="gaussian"), pytest.param(Mixture(), id="mixture")]
@@ -78,6 +78,7 @@ ALL_TEACHERS = {
 }
 ALLOWED = [(name, form) for name in ALL_TEACHERS for form in BOUNDARIES if form == "edm" or name != "consistency"]
 ALLOWED = [(name, form) for name, form in ALLOWED if form != "lcm" or name.startswith("vp")]
+IDENTITIES = [(name, form) for name, form in ALLOWED if form != "lcm"]  # of x; that form's is of unit variance
 
 
 def sigmas_over(low: float, high: float, number: int = 25) -> torch.Tensor:
@@ -173,7 +174,7 @@ def random_network(sample: torch.Tensor, timestep: torch.Tensor, return_dict: bo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("name", "form"), ALLOWED)
+@pytest.mark.parametrize(("name", "form"), IDENTITIES)
 def test_boundary_is_the_identity_at_sigma_min(
     name: str, form: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
@@ -185,13 +186,22 @@ def test_boundary_is_the_identity_at_sigma_min(
         assert torch.equal(f(x, sigma_min), x), sigma_min
 
 
-@pytest.mark.parametrize(("family", "form"), [("vp", "lcm"), ("vp", "edm"), ("edm", "edm"), ("consistency", "edm")])
-def test_boundary_is_the_identity_for_any_sigma_data(family: str, form: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("name", [name for name, form in ALLOWED if form == "lcm"])
+def test_lcm_boundary_is_the_identity_of_unit_variance_at_sigma_min(name: str, generator: torch.Generator) -> None:
+    x = torch.randn(2, 3, 4, 4, generator=generator)
+    base = read_preconditioning(ALL_TEACHERS[name])
+    for sigma_min in (base.sigma_range[0], 0.02, 0.2):
+        f = Denoiser(random_network, Boundary(base, "lcm", sigma_min))
+        torch.testing.assert_close(f(x, sigma_min), x / (1 + sigma_min**2) ** 0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["vp", "edm", "consistency"])
+def test_boundary_is_the_identity_for_any_sigma_data(family: str, generator: torch.Generator) -> None:
     x = torch.randn(2, 3, 4, 4, generator=generator)
     for sigma_data in np.random.default_rng(0).uniform(0.1, 1.5, 30).tolist():
         fields = {"family": family, "sigma_data": sigma_data, "sigma_min": 0.02, "sigma_max": 80.0}
         base = preconditioning_from_config(fields)
-        assert torch.equal(Denoiser(random_network, Boundary(base, form, 0.02))(x, 0.02), x), sigma_data
+        assert torch.equal(Denoiser(random_network, Boundary(base, "edm", 0.02))(x, 0.02), x), sigma_data
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_TEACHERS if not name.startswith("vp")])
@@ -242,18 +252,17 @@ def test_lcm_boundary_is_the_stock_schedulers(prediction_type: str, timestep: in
     stock = LCMScheduler(prediction_type=prediction_type)
     stock.set_timesteps(timesteps=[999, 499, 19, 1, 0])
     base = read_preconditioning(stock)
-    low = base.sigma_range[0]
     sigma = float(((1 - stock.alphas_cumprod[timestep]) / stock.alphas_cumprod[timestep]).double() ** 0.5)
     x = Gaussian().draw((2, 3, 4, 4), generator) + sigma * torch.randn(2, 3, 4, 4, generator=generator)
     output = torch.randn(2, 3, 4, 4, generator=generator)
     expected = stock.step(output, torch.tensor(timestep), x / (1 + sigma**2) ** 0.5).denoised
-    f = Denoiser(lambda *args, **kwargs: (output,), Boundary(base, "lcm", low))(x, sigma)
-    # The stock scheduler's clean sample lies at timestep 0 in unit-variance coordinates, ours at sigma(0).
-    clean_part = stock.get_scalings_for_boundary_condition_discrete(timestep)[0] * x / (1 + sigma**2) ** 0.5
-    coordinates = clean_part * ((1 + low**2) ** 0.5 - 1)
-    torch.testing.assert_close(f, expected + coordinates, rtol=1e-5, atol=1e-5)
-    if timestep:
-        torch.testing.assert_close(f, expected, rtol=1e-5, atol=1e-5)
+    f = Denoiser(lambda *args, **kwargs: (output,), Boundary(base, "lcm", base.sigma_range[0]))(x, sigma)
+    torch.testing.assert_close(f, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "level"), [("edm", 0.02), ("euler", 0.02), ("lcm", 0.0)])
+def test_level_at_which_a_boundary_answers(form: str, level: float) -> None:
+    assert Boundary(read_preconditioning(DDPMScheduler()), form, 0.02).answer_level == level
 
 
 # Time ----------------------------------------------------------------------------------------------------------------
@@ -377,7 +386,7 @@ def test_guided_denoiser_extrapolates_from_the_null_class(scale: float, generato
     labels, sigma = torch.tensor([1, 2]), torch.tensor([0.5, 7.0])
     with_label = denoiser(x, sigma, class_labels=labels)
     with_null = denoiser(x, sigma, class_labels=torch.tensor([9, 9]))
-    guided = GuidedDenoiser(denoiser, scale, null_class_label=9)(x, sigma, class_labels=labels)
+    guided = GuidedDenoiser(denoiser, scale, without_class(9))(x, sigma, class_labels=labels)
     torch.testing.assert_close(guided, with_null + scale * (with_label - with_null), rtol=1e-5, atol=1e-5)
 
 

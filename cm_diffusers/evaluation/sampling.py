@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.evaluation.digests import model_digest
+from cm_diffusers.guidance import GuidedDenoiser, without_class
 from cm_diffusers.network_config import class_labels, height_and_width
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import GuidedDenoiser
 from cm_diffusers.solvers import SOLVERS, integrate
 from cm_diffusers.training.randomness import generators, labels_in_turn
 from cm_diffusers.training.teacher import Teacher
@@ -32,6 +32,7 @@ class Sampler:
             image depends on its seed alone.
         network (`nn.Module`, *optional*): that draws them.
         config (`Mapping`, *optional*): of its scheduler.
+        prompts (`tuple[str, ...]`): what the images are made of, that of seed i of prompt i mod n; empty without text.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Sampler:
     draw: Callable[[Sequence[int]], Tensor]
     network: nn.Module | None = None
     config: Mapping[str, Any] | None = None
+    prompts: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -94,8 +96,10 @@ def teacher_sampler(
         class_label (`int`, *optional*): the class of all images; all classes in turn when `None`.
 
     Raises:
-        `ValueError`: for another solver, or an `nfe` that it cannot have.
+        `ValueError`: for another solver, an `nfe` that it cannot have, or a teacher that makes images of text.
     """
+    if teacher.text is not None:
+        raise ValueError(f"The teacher {teacher.name} makes images of text, and needs prompts for it.")
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if nfe < 1 or (solver == "heun" and nfe % 2 == 0):
@@ -111,7 +115,7 @@ def teacher_sampler(
     if guided:
         if null_class_label is None:
             raise ValueError("`guidance_scale` needs `null_class_label`, the label that stands for 'no class'.")
-        denoise = GuidedDenoiser(teacher.denoiser, guidance_scale, null_class_label)
+        denoise = GuidedDenoiser(teacher.denoiser, guidance_scale, without_class(null_class_label))
 
     @torch.no_grad()
     def draw(seeds: Sequence[int]) -> Tensor:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, LCMScheduler
+from diffusers import ConsistencyModelPipeline, DDPMPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.network_config import BETA_FIELDS, height_and_width
+from cm_diffusers.network_config import height_and_width
+from cm_diffusers.networks import network_output
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import network_output
 
-# Of the original LCM: every 20th of 1,000 timesteps.
-LCM_STEPS = 50
 ONNX_FILE = "model.onnx"
 
 
@@ -26,8 +24,9 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
     - EDM and consistency students become a `ConsistencyModelPipeline`, with the same images to the bit. In several
       steps it does not know levels stored in `few_step_sigmas`: pass it
       [`~cm_diffusers.ConsistencyScheduler.stock_timesteps`].
-    - Variance-preserving students with `boundary="lcm"` become a `DDPMPipeline` under `LCMScheduler`. In one step its
-      images are the same up to some 1e-3: it starts from unit variance, which `sigma_max` rounds to.
+    - Variance-preserving students with `boundary="lcm"` become a `DDPMPipeline` under `LCMScheduler`, with the same
+      images up to rounding. In several steps it takes those of `original_inference_steps`, see
+      [`~cm_diffusers.ConsistencyScheduler.to_lcm`].
 
     Args:
         pipeline ([`ConsistencyPipeline`]): the student.
@@ -45,15 +44,12 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
         _drop_own_keys(Path(folder))
         return ConsistencyModelPipeline
     reasons = []
-    if scheduler.config.family != "vp" or scheduler.config.boundary != "lcm":
-        reasons.append(f"its family is {scheduler.config.family!r} and its boundary {scheduler.config.boundary!r}")
-    else:
-        last = scheduler.config.num_train_timesteps - 1
-        start = float(scheduler.preconditioning.c_noise(torch.tensor(scheduler.config.sigma_max)))
-        if abs(start - last) > 0.01:
-            reasons.append(f"it was trained up to timestep {start:.1f}, and LCMScheduler starts at {last}")
-        if pipeline.unet.config.num_class_embeds is not None:
-            reasons.append("DDPMPipeline passes no class labels")
+    try:
+        lcm = scheduler.to_lcm()
+    except ValueError as error:
+        reasons.append(str(error).rstrip("."))
+    if pipeline.unet.config.num_class_embeds is not None:
+        reasons.append("DDPMPipeline passes no class labels")
     if tuple(scheduler.config.image_range) != (-1.0, 1.0):
         reasons.append(f"its images lie in {list(scheduler.config.image_range)}, and those of stock ones in [-1, 1]")
     if reasons:
@@ -62,11 +58,6 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
             "consistency networks, and unconditional variance-preserving ones trained with `boundary: lcm`; none of "
             "continuous levels."
         )
-    betas = {name: scheduler.config[name] for name in BETA_FIELDS.split() if name in scheduler.config}
-    lcm = LCMScheduler(
-        **betas, prediction_type=scheduler.config.prediction_type, clip_sample=scheduler.config.clip_denoised,
-        timestep_scaling=scheduler.config.timestep_scaling, original_inference_steps=LCM_STEPS,
-    )  # fmt: skip
     pipeline.unet.register_to_config(_name_or_path="")  # a folder of this machine
     DDPMPipeline(pipeline.unet, lcm).save_pretrained(folder)
     return DDPMPipeline
@@ -94,11 +85,12 @@ class OneStep(nn.Module):
         super().__init__()
         self.unet = copy.deepcopy(pipeline.unet).float().eval()
         config = pipeline.scheduler.config
-        self.sigma, (self.low, self.high) = float(config.sigma_max), config.image_range
+        (self.low, self.high), first = config.image_range, torch.tensor([config.sigma_max])
         scheduler, self.flow_map = pipeline.scheduler, config.flow_map
         function = scheduler.preconditioning if self.flow_map else scheduler.boundary
         # Of one noise level they are numbers.
-        self.scalings = function.scalings(torch.tensor([self.sigma]))
+        self.scalings = function.scalings(first)
+        self.noise_std = scheduler.first_std(config.sigma_max) * float(scheduler.state_scale(first))
         self.target_timestep = scheduler.preconditioning.scalings(torch.tensor([config.sigma_min])).c_noise
         self.rest = config.sigma_min / config.sigma_max if self.flow_map else 0.0
 
@@ -108,7 +100,7 @@ class OneStep(nn.Module):
         if self.flow_map:
             conditioning = {"class_labels": self.target_timestep.expand(noise.shape[0])}
         c_skip, c_out, input_scale, c_noise = self.scalings
-        sample = noise * self.sigma
+        sample = noise * self.noise_std
         output = network_output(self.unet, sample / input_scale, c_noise.expand(noise.shape[0]), **conditioning)
         images = (c_skip * sample + c_out * output).clamp(self.low, self.high)
         images = images + self.rest * (sample - images)

@@ -14,9 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cm_diffusers.network_config import class_labels
+from cm_diffusers.networks import network_output
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.stored import StoredPipeline
-from cm_diffusers.preconditioning import network_output
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ class ConsistencyPipeline(StoredPipeline):
             self.scheduler.init_noise_sigma = float(self.scheduler.sigmas[0])
         latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
         if start is not None:
-            latents = start.to(latents) + latents
+            latents = (start.to(latents) + latents) / self.scheduler.state_scale(self.scheduler.sigmas[0])
         class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
         latents = self._denoise(
             latents, class_labels, guidance_scale, generator, callback_on_step_end,

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import LCMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cm_diffusers.network_config import SUPPORTED_SCHEDULERS, describe_network, preconditioning_from_config
+from cm_diffusers.network_config import SUPPORTED_SCHEDULERS, preconditioning_from_config
 from cm_diffusers.noise_levels import karras_sigmas
 from cm_diffusers.preconditioning import Boundary, Preconditioning
-
-STOCK_CLASS = "CMStochasticIterativeScheduler"
-STOCK_FIELDS = {"num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho", "clip_denoised"}
-GRID_FAMILIES = ("consistency", "edm")  # their `timesteps=` are indices into the training grid, as in diffusers
+from cm_diffusers.schedulers.origins import fields_from_lcm, fields_from_teacher, is_lcm
+from cm_diffusers.schedulers.sampling_levels import GRID_FAMILIES, SamplingLevels
+from cm_diffusers.schedulers.stock import STOCK_CLASS, grid_indices, is_stock, lcm_scheduler, stock_config
 
 
 @dataclass
@@ -48,7 +47,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     The config describes the network completely (family, prediction type, betas, boundary form, range of sigma,
     few-step schedule). Its defaults are those of diffusers' `CMStochasticIterativeScheduler`, whose published
-    checkpoints run unchanged. States are variance exploding: `x = x0 + sigma * n`.
+    checkpoints run unchanged. States are variance exploding, `x = x0 + sigma * n`, but for the boundary `lcm`, whose
+    states are those of diffusers' `LCMScheduler`: the same of unit variance, `x / sqrt(1 + sigma^2)`.
 
     Args:
         num_train_timesteps (`int`): length of the beta schedule (`vp`), of the Karras grid (`consistency`, `edm`), or
@@ -73,6 +73,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             only ones it knows well; `num_train_timesteps` when `None`.
         sigma_lowest (`float`, *optional*): the lowest level that the student was trained at, where that is not
             `sigma_min`; the grid ends there.
+        original_inference_steps (`int`, *optional*): for `vp` networks that were trained at that many timesteps, the
+            last of as many equal parts, as `LCMScheduler` has it. These are their grid, instead of Karras's.
         flow_map (`bool`): the network is told which lower level to jump to, as a second time, and jumps there without
             noise being added. Its boundary is `euler`.
     """
@@ -105,6 +107,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         time_scale: float = 1.0,
         flow_map: bool = False,
         sigma_lowest: float | None = None,
+        original_inference_steps: int | None = None,
     ) -> None:
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"Need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
@@ -115,21 +118,14 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
                 "`sigma_data`, `rho` and `num_train_timesteps` must be positive and `image_range` ascending, got "
                 f"{sigma_data}, {rho}, {num_train_timesteps} and {list(image_range)}."
             )
-        if sigma_lowest is not None and not sigma_min < sigma_lowest < sigma_max:
-            raise ValueError(f"`sigma_lowest` must lie between {sigma_min} and {sigma_max}, got {sigma_lowest}.")
-        if num_levels is not None and num_levels < 2:
-            raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
         if flow_map and (boundary != "euler" or family == "consistency"):
             raise ValueError(
                 f"A flow map is a step along D: it needs `boundary='euler'` and a family that has a D, got "
                 f"{boundary!r} and {family!r}."
             )
-        for steps, levels in (few_step_sigmas or {}).items():
-            if int(steps) != len(levels):
-                raise ValueError(f"`few_step_sigmas[{steps!r}]` must hold {steps} noise levels, got {levels}.")
-            self._check_sigmas(levels, f"few_step_sigmas[{steps!r}]")
         self.boundary  # noqa: B018  refuses impossible combinations at once
-        self.init_noise_sigma = sigma_max
+        self._levels.check()
+        self.init_noise_sigma = self.first_std(sigma_max)
         self.num_inference_steps: int | None = None
         self._set_schedule(karras_sigmas(np.linspace(0, 1, min(num_train_timesteps, 1000)), sigma_min, sigma_max, rho))
 
@@ -148,9 +144,17 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As everywhere in diffusers, but the scheduler of a diffusion model is refused: it describes no student."""
-        name = config.get("_class_name") if hasattr(config, "get") else None
-        if isinstance(name, str) and name in SUPPORTED_SCHEDULERS - {cls.__name__, STOCK_CLASS}:
+        """As everywhere in diffusers, and from the config of the `LCMScheduler` of a latent consistency model.
+
+        The scheduler of a diffusion model is refused: it describes no student.
+
+        Raises:
+            `ValueError`: for another scheduler's config, or an `LCMScheduler`'s that cannot be represented.
+        """
+        name = config.get("_class_name") if isinstance(config, Mapping) else None
+        if isinstance(config, Mapping) and is_lcm(config):
+            config = fields_from_lcm(config)
+        elif isinstance(name, str) and name in SUPPORTED_SCHEDULERS - {cls.__name__, STOCK_CLASS}:
             raise ValueError(f"The config is a {name}'s. A student's scheduler is made by `from_teacher(scheduler)`.")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -162,38 +166,28 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             scheduler (`SchedulerMixin`): the teacher's scheduler, of any supported class.
             overrides: any argument of [`ConsistencyScheduler`]. Without them the range of sigma is
                 [max(0.002, teacher's lowest), min(80, teacher's highest)], or all of the teacher's for the boundary
-                `lcm`, as `LCMScheduler` has it; and the boundary is `edm` for EDM and consistency teachers, `euler`
-                for all others.
+                `lcm` and with `original_inference_steps`, as `LCMScheduler` has it; and the boundary is `edm` for EDM
+                and consistency teachers, `euler` for all others.
 
         Raises:
             `ValueError`: if the scheduler is not supported, or a range of sigma outside the teacher's is asked for.
         """
         config = dict(scheduler.config)
         config.setdefault("_class_name", type(scheduler).__name__)
-        fields = describe_network(config)
-        low, high = preconditioning_from_config(fields).sigma_range
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        own_grid = fields["family"] in GRID_FAMILIES
-        if overrides.get("family", fields["family"]) != fields["family"]:
-            for name in ("prediction_type", "time_scale"):  # say nothing of another family
-                fields.pop(name, None)
-        if overrides.get("boundary") == "lcm":
-            overrides.setdefault("sigma_min", low)
-            overrides.setdefault("sigma_max", high)  # where LCMScheduler starts
-        defaults = {
-            "boundary": "edm" if own_grid else "euler",
-            "sigma_min": max(0.002, low),
-            "sigma_max": min(80.0, high),
-        }
-        fields = {**fields, **defaults, **overrides}
-        # The ends of a discrete schedule are irrational: accept what rounds to them.
-        slack = 1 + 1e-6
-        if fields["sigma_min"] * slack < low or fields["sigma_max"] > high * slack:
-            raise ValueError(
-                f"The range of sigma [{fields['sigma_min']:g}, {fields['sigma_max']:g}] leaves the teacher's, "
-                f"[{low:g}, {high:g}]: it has never seen such noise. Choose `sigma_min` and `sigma_max` inside."
-            )
-        return cls(**fields)
+        return cls(**fields_from_teacher(config, overrides))
+
+    def to_lcm(self) -> LCMScheduler:
+        """diffusers' `LCMScheduler` that computes the same, for users who do not have this package.
+
+        Up to rounding; but where it clips, it clips D, not f, and where the terminal SNR is zero, it starts without
+        signal, and this one with 2^-12 of it. It does not know `few_step_sigmas`, and spreads its steps over the
+        timesteps of `original_inference_steps`; where these are `None`, only its single step is the same.
+
+        Raises:
+            `ValueError`: if there is none, saying why: it takes the family `vp` with the boundary `lcm`, on all of the
+                schedule.
+        """
+        return lcm_scheduler(self.config, self.preconditioning)
 
     # The schedule ---------------------------------------------------------------------------------------------------
 
@@ -206,17 +200,22 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
     ) -> None:
-        """Choose the noise levels to sample at. Exactly one of the three must be given.
+        """Choose the noise levels to sample at. Exactly one of steps, timesteps and sigmas must be given.
 
         Args:
             num_inference_steps (`int`, *optional*): the levels stored for this number of steps in the config,
-                otherwise levels spread evenly over the Karras schedule.
+                otherwise levels spread evenly over the grid.
             device (`str` or `torch.device`, *optional*): where `timesteps` is put.
             timesteps (`Sequence[float]`, *optional*): descending. For `consistency` and `edm` networks, indices into
                 the training grid as in `CMStochasticIterativeScheduler`, for instance `[22, 0]`; for the others, the
                 timesteps that the network is given.
             sigmas (`Sequence[float]`, *optional*): noise levels, descending, inside [`sigma_min`, `sigma_max`].
+            original_inference_steps (`int`, *optional*): instead of the config's, for `num_inference_steps`.
+            strength (`float`): the part of the timesteps of `original_inference_steps` to spread the steps over, from
+                the lowest up, as diffusers' image-to-image pipeline of latent consistency models asks for.
 
         Raises:
             `ValueError`: if not exactly one is given, or its values are out of order or out of range.
@@ -224,17 +223,19 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
         if len(given) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        if strength != 1 and num_inference_steps is None:
+            raise ValueError("`strength` is for `num_inference_steps`; levels are passed as they are wanted.")
         stock_start = timesteps is not None and self.config.family in GRID_FAMILIES
         if sigmas is not None:
-            levels = np.array(self._check_sigmas(sigmas, "sigmas"), dtype=np.float64)
+            levels = self._levels.checked(sigmas, "sigmas")
         elif timesteps is not None:
-            levels = self._sigmas_at(timesteps)
+            levels = self._levels.at_timesteps(timesteps)
         else:
-            levels = self.levels_for(num_inference_steps)
+            levels = self._levels.at_original(original_inference_steps, strength).for_steps(num_inference_steps)
         self.num_inference_steps = len(levels)
         # Sampling may start below sigma_max; diffusers' own class starts from sigma_max whatever its indices say.
         starts_lower = not stock_start and levels[0] < self.config.sigma_max * (1 - 1e-6)
-        self.init_noise_sigma = float(levels[0]) if starts_lower else self.config.sigma_max
+        self.init_noise_sigma = self.first_std(float(levels[0]) if starts_lower else self.config.sigma_max)
         self._set_schedule(levels, device)
 
     def levels_for(self, steps: Any) -> np.ndarray:
@@ -246,49 +247,21 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             `ValueError`: if it is no positive integer, or none are stored and the grid has fewer.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-            raise ValueError(f"`num_inference_steps` must be a positive integer, got {steps!r}.")
-        stored = {int(n): levels for n, levels in (self.config.few_step_sigmas or {}).items()}.get(int(steps))
-        if stored is not None:
-            return np.array(stored, dtype=np.float64)
-        if steps > self.grid_length:
-            raise ValueError(f"`num_inference_steps={steps}` exceeds the {self.grid_length} levels of the grid.")
-        return self._karras(np.arange(steps) * (self.grid_length // steps))
+        return self._levels.for_steps(steps)
+
+    @property
+    def _levels(self) -> SamplingLevels:
+        return SamplingLevels(self.config, self.preconditioning)
 
     @property
     def grid_length(self) -> int:
-        """How many levels the Karras grid has."""
-        return int(self.config.num_levels or self.config.num_train_timesteps)
+        """How many levels the grid has."""
+        return self._levels.length
 
     @property
     def grid(self) -> np.ndarray:
-        """All levels of the Karras grid, descending, in float64."""
-        return self._karras(np.arange(self.grid_length))
-
-    def _karras(self, indices: np.ndarray) -> np.ndarray:
-        config = self.config
-        ramp = indices / max(self.grid_length - 1, 1)
-        return karras_sigmas(ramp, config.sigma_lowest or config.sigma_min, config.sigma_max, config.rho)
-
-    def _sigmas_at(self, timesteps: Sequence[float]) -> np.ndarray:
-        values = np.asarray(torch.as_tensor(timesteps).cpu(), dtype=np.float64)
-        if values.ndim != 1 or not len(values) or not (np.diff(values) < 0).all():
-            raise ValueError(f"`timesteps` must be a list in descending order, got {timesteps}.")
-        if self.config.family not in GRID_FAMILIES:
-            sigmas = self.preconditioning.sigma_from_c_noise(torch.from_numpy(values)).tolist()
-            return np.array(self._check_sigmas(sigmas, f"the noise levels of timesteps={list(timesteps)}"))
-        if not (values[-1] >= 0 and values[0] < self.grid_length):
-            raise ValueError(f"`timesteps` must lie in [0, {self.grid_length}), got {timesteps}.")
-        return self._karras(values[::-1])
-
-    def _check_sigmas(self, sigmas: Sequence[float], name: str) -> list[float]:
-        low, high, slack = self.config.sigma_min, self.config.sigma_max, 1 + 1e-6
-        levels = [float(sigma) for sigma in sigmas]
-        if not levels or not all(a > b for a, b in zip(levels, levels[1:], strict=False)):
-            raise ValueError(f"`{name}` must be in descending order, got {levels}.")
-        if not (levels[0] <= high * slack and levels[-1] * slack >= low):
-            raise ValueError(f"`{name}` must lie in [sigma_min={low:g}, sigma_max={high:g}], got {levels}.")
-        return levels
+        """All levels of the grid, descending, in float64."""
+        return self._levels.grid
 
     def _set_schedule(self, levels: np.ndarray, device: str | torch.device | None = None) -> None:
         """`levels` in float64, descending. `sigmas` stays on the CPU: reading a level must not wait for a device."""
@@ -326,17 +299,30 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self.index_for_timestep(timestep) if start is None else start
         return self._step_index
 
+    # States ---------------------------------------------------------------------------------------------------------
+
+    def state_scale(self, sigma: Tensor) -> Tensor:
+        """What `x0 + sigma * n` is divided by to be a state of this scheduler: 1, or what leaves unit variance."""
+        if self.config.boundary == "lcm":
+            return self.preconditioning.input_scale(sigma)
+        return torch.ones_like(sigma)
+
+    def first_std(self, sigma: float) -> float:
+        """The standard deviation of the noise that is the first state, where sampling starts at `sigma`."""
+        return 1.0 if self.config.boundary == "lcm" else sigma
+
     # Sampling -------------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is given: `c_in(sigma) * sample`.
+        """What the network is given: `c_in(sigma) * x`, for the state of any boundary.
 
         Args:
             sample (`Tensor` of shape `(batch, channels, height, width)`): the state.
             timestep (`float` or `Tensor`): one of `timesteps`.
         """
         sigma = self.sigmas[self._locate(timestep)]
-        return (sample / self.preconditioning.input_scale(sigma)).to(sample.dtype)
+        scale = self.preconditioning.input_scale(sigma) / self.state_scale(sigma)
+        return (sample / scale).to(sample.dtype)
 
     def step(
         self,
@@ -362,18 +348,20 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         # Half precision is too coarse for c_skip * x at sigma = 80.
         dtype = torch.promote_types(sample.dtype, torch.float32)
         function = self.preconditioning if self.config.flow_map else self.boundary
-        c_skip, c_out, *_ = function.scalings(self.sigmas[index])
-        output = model_output[:, : sample.shape[1]].to(dtype)
-        denoised = c_out * output + c_skip * sample.to(dtype)
+        sigma, lower = self.sigmas[index], self.sigmas[index + 1]
+        c_skip, c_out, *_ = function.scalings(sigma)
+        output, state = model_output[:, : sample.shape[1]].to(dtype), sample.to(dtype) * self.state_scale(sigma)
+        denoised = c_out * output + c_skip * state
         if self.config.clip_denoised:
             denoised = denoised.clamp(*self.config.image_range)
 
         prev_sample = denoised
         if self.config.flow_map:
-            prev_sample = torch.lerp(sample.to(dtype), denoised, self.denoised_share(index))
+            prev_sample = torch.lerp(state, denoised, self.denoised_share(index))
         elif self._adds_noise_after(index):
             noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
-            prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(self.sigmas[index + 1])
+            prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(lower)
+            prev_sample = prev_sample / self.state_scale(lower)
         self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
@@ -390,18 +378,23 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         return index + 1 < len(self.timesteps) or (self.is_stock and len(self.timesteps) > 1)
 
     def denoised_share(self, index: int) -> float:
-        """How much of the clean estimate of a step is in the state after it: all, but on the way of a flow map."""
-        return 1.0 - float(self.sigmas[index + 1] / self.sigmas[index]) if self.config.flow_map else 1.0
+        """How much of the clean estimate of a step is in the state after it.
+
+        All of it, but on the way of a flow map, and where noise is added to states that keep unit variance.
+        """
+        if self.config.flow_map:
+            return 1.0 - float(self.sigmas[index + 1] / self.sigmas[index])
+        return 1 / float(self.state_scale(self.sigmas[index + 1])) if self._adds_noise_after(index) else 1.0
 
     def added_noise_std(self, sigma: Tensor) -> Tensor:
-        """`sqrt(sigma^2 - sigma_min^2)`: f answers at `sigma_min`, so that much noise leads back to `sigma`.
+        """`sqrt(sigma^2 - answer^2)`: so much noise leads from the level at which f answers back to `sigma`.
 
-        Rounding may leave the difference slightly negative at `sigma_min` itself.
+        That is `sigma_min`, or 0 for the boundary `lcm`. Rounding may leave the difference slightly negative there.
         """
-        return (sigma**2 - self.config.sigma_min**2).clamp(min=0) ** 0.5
+        return (sigma**2 - self.boundary.answer_level**2).clamp(min=0) ** 0.5
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`x0 + sigma(timestep) * noise`.
+        """`x0 + sigma(timestep) * noise`, as a state of this scheduler.
 
         Args:
             original_samples (`Tensor` of shape `(batch, channels, height, width)`): clean samples.
@@ -409,8 +402,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             timesteps (`Tensor` of shape `(batch,)`): in the network's own time, on the schedule or not.
         """
         sigma = self.preconditioning.sigma_from_c_noise(torch.as_tensor(timesteps))
-        sigma = sigma.to(original_samples.device, original_samples.dtype)
-        return original_samples + sigma.view(-1, *[1] * (original_samples.ndim - 1)) * noise
+        sigma = sigma.view(-1, *[1] * (original_samples.ndim - 1))
+        return (original_samples + sigma.to(original_samples) * noise) / self.state_scale(sigma).to(original_samples)
 
     # Saving: stock on disk where diffusers' own class computes the same ---------------------------------------------
 
@@ -420,9 +413,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
         It does not know `few_step_sigmas`; [`~ConsistencyScheduler.stock_timesteps`] say the same to it.
         """
-        config = self.config
-        same_grid = config.num_levels in (None, config.num_train_timesteps)
-        return config.family == "consistency" and tuple(config.image_range) == (-1.0, 1.0) and same_grid
+        return is_stock(self.config)
 
     def stock_timesteps(self, num_inference_steps: int) -> list[int] | None:
         """The `timesteps` by which diffusers' own class takes the levels of this one for a number of steps.
@@ -436,21 +427,13 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         if not self.is_stock:
             return None
-        levels, grid = self.levels_for(num_inference_steps), self.grid
-        indices = np.abs(np.log(grid) - np.log(levels)[:, None]).argmin(axis=1)
-        starts_at_top = indices[0] == 0  # as diffusers' own class does whatever its indices say
-        return indices[::-1].tolist() if starts_at_top and np.allclose(grid[indices], levels, rtol=1e-5) else None
+        return grid_indices(self.levels_for(num_inference_steps), self.grid)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the config; under the stock class's name when diffusers' own class computes the same."""
         config = json.loads(self.to_json_string())
         if self.is_stock:
-            # What diffusers' class has no argument for, it warns of: leave out what says nothing.
-            own = {name: value.default for name, value in inspect.signature(type(self)).parameters.items()}
-            for name in own.keys() - STOCK_FIELDS:
-                if config[name] == (list(own[name]) if isinstance(own[name], tuple) else own[name]):
-                    del config[name]
-            config["_class_name"] = STOCK_CLASS
+            config = stock_config(config, type(self))
         Path(json_file_path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod

@@ -16,9 +16,9 @@ from cm_diffusers.hub import export_to_diffusers, export_to_onnx
 NOISE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def student(scheduler=None, stock=False, boundary="euler", image_range=None, flow_map=False, **config):
+def student(scheduler=None, stock=False, boundary="euler", image_range=None, flow_map=False, original=None, **config):
     scheduler = scheduler or diffusers.DDPMScheduler(prediction_type="v_prediction")
-    how = {"family": "consistency"} if stock else {"boundary": boundary}
+    how = {"family": "consistency"} if stock else {"boundary": boundary, "original_inference_steps": original}
     scheduler = ConsistencyScheduler.from_teacher(scheduler, image_range=image_range, flow_map=flow_map, **how)
     pipeline = ConsistencyPipeline(build_unet(**config), scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -67,15 +67,18 @@ def test_stored_levels_are_said_to_stock_as_timesteps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, tmp_path, monkeypatch):
-    pipeline = student(diffusers.DDPMScheduler(prediction_type=prediction_type), boundary="lcm")
+@pytest.mark.parametrize(("steps", "original"), [(1, None), (1, 25), (4, 25)])
+def test_a_student_of_the_lcm_form_runs_under_lcm_scheduler(prediction_type, steps, original, tmp_path, monkeypatch):
+    pipeline = student(diffusers.DDPMScheduler(prediction_type=prediction_type), boundary="lcm", original=original)
     assert export_to_diffusers(pipeline, tmp_path) is diffusers.DDPMPipeline
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock.scheduler) is diffusers.LCMScheduler
     stock.set_progress_bar_config(disable=True)
     monkeypatch.setattr(sys.modules[diffusers.DDPMPipeline.__module__], "randn_tensor", lambda *_, **__: NOISE.clone())
-    theirs = stock(batch_size=3, num_inference_steps=1, output_type="np").images
-    np.testing.assert_allclose(images(pipeline, num_inference_steps=1), theirs, atol=2e-3)  # of an epsilon times 157
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    theirs = stock(batch_size=3, num_inference_steps=steps, output_type="np", generator=generators[0]).images
+    ours = images(pipeline, num_inference_steps=steps, generator=generators[1])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)  # of an epsilon times 157
 
 
 @pytest.mark.parametrize(
@@ -92,11 +95,15 @@ def test_what_is_not_stock_is_refused_with_the_reason(make, reason, tmp_path):
         export_to_diffusers(make(), tmp_path)
 
 
-@pytest.mark.parametrize(("classes", "flow_map"), [(None, False), (5, False), (None, True)])
-def test_onnxruntime_draws_the_same_images(classes, flow_map, tmp_path):
+@pytest.mark.parametrize(
+    ("classes", "flow_map", "boundary"),
+    [(None, False, "euler"), (None, False, "lcm"), (5, False, "euler"), (None, True, "euler")],
+)
+def test_onnxruntime_draws_the_same_images(classes, flow_map, boundary, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pipeline = student(
-        num_class_embeds=classes, flow_map=flow_map, class_embed_type="timestep" if flow_map else None
+        num_class_embeds=classes, flow_map=flow_map, class_embed_type="timestep" if flow_map else None,
+        boundary=boundary,
     )  # fmt: skip
     session = onnxruntime.InferenceSession(str(export_to_onnx(pipeline, tmp_path)))
     for count in (1, 3):

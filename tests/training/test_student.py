@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.preconditioning import Denoiser, network_output
+from cm_diffusers.networks import network_output
+from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.schedulers import ConsistencyScheduler, ScaledTimeEDMScheduler
 from cm_diffusers.training.objectives.tangents import forward_mode
 from cm_diffusers.training.student import cut_variance, make_student, needs_conversion, refit_time_embedding

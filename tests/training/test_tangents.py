@@ -9,6 +9,7 @@ from conftest import build_unet
 from pixels import SIGMA_MAX, SIGMA_MIN, PixelNetwork, error, ode_solution, train
 from torch import nn
 
+from cm_diffusers.networks import network_output
 from cm_diffusers.noise_levels import lognormal_sigmas
 from cm_diffusers.preconditioning import (
     Boundary,
@@ -17,7 +18,6 @@ from cm_diffusers.preconditioning import (
     EDMPreconditioning,
     FlowPreconditioning,
     VPPreconditioning,
-    network_output,
 )
 from cm_diffusers.solvers import euler_step
 from cm_diffusers.training.objectives.tangents import (

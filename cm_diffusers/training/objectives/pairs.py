@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.networks import send
 from cm_diffusers.noise_levels import LevelPair, Levels
-from cm_diffusers.preconditioning import Denoiser, send
+from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.solvers import Denoise, Solver, expand
 from cm_diffusers.training.distances import Distance
 from cm_diffusers.training.objectives import Losses

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, network_output, second_time
+from cm_diffusers.networks import network_output
+from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, second_time
 from cm_diffusers.solvers import Denoise, expand
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.pairs import chosen, same_dropout

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_diffusers.preconditioning import send
+from cm_diffusers.networks import send
 from cm_diffusers.training.objectives import Losses, Objective
 from cm_diffusers.training.randomness import SampleRandom
 
