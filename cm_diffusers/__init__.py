@@ -19,6 +19,7 @@ _MODULES = {
     "ConsistencyRestorationPipeline": "cm_diffusers.pipelines",
     "ConsistencySuperResolutionPipeline": "cm_diffusers.pipelines",
     "Known": "cm_diffusers.pipelines",
+    "load_pipeline": "cm_diffusers.pipelines",
     "ConsistencyConfig": "cm_diffusers.training",
     "ConsistencyTrainer": "cm_diffusers.training",
 }
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cm_diffusers.pipelines import ConsistencyRestorationPipeline as ConsistencyRestorationPipeline
     from cm_diffusers.pipelines import ConsistencySuperResolutionPipeline as ConsistencySuperResolutionPipeline
     from cm_diffusers.pipelines import Known as Known
+    from cm_diffusers.pipelines import load_pipeline as load_pipeline
     from cm_diffusers.schedulers import ConsistencyScheduler as ConsistencyScheduler
     from cm_diffusers.schedulers import ConsistencySchedulerOutput as ConsistencySchedulerOutput
     from cm_diffusers.training import ConsistencyConfig as ConsistencyConfig

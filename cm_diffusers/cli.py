@@ -16,6 +16,7 @@ FUNCTIONS = {
     "distill": "training.distill",
     "train": "training.train",
     "doctor": "training.doctor",
+    "precompute": "precomputing.precompute",
     "sample": "sampling.sample",
     "edit": "editing.edit",
     "evaluate": "evaluation.evaluate",

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from cm_diffusers.evaluation.sampling import Sampler, student_sampler, teacher_sampler
 from cm_diffusers.pipelines import ConsistencyInpaintPipeline, ConsistencyPipeline
+from cm_diffusers.pipelines.loading import refuse_prompts
 from cm_diffusers.training.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ SHOWN_PIXELS = 256  # small images are enlarged by a whole factor up to about th
 def load_models(
     student: str | os.PathLike, teacher: str | os.PathLike | None = None, device: str = "cpu"
 ) -> tuple[ConsistencyPipeline, Teacher | None]:
-    """A student and, if given, its teacher, from folders or the Hub, on a device."""
+    """A student and, if given, its teacher, from folders or the Hub, on a device.
+
+    Raises:
+        `ValueError`: if the student makes images of text.
+    """
+    refuse_prompts(student)
     pipeline = ConsistencyPipeline.from_pretrained(student).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if teacher is None:
@@ -151,6 +157,8 @@ def _editing(gradio: Any, student: ConsistencyPipeline, classes: Sequence[int], 
 
 def _check_models(student: ConsistencyPipeline, teacher: Teacher | None) -> None:
     """Refuse at the start what every visitor would meet."""
+    if teacher is not None and teacher.text is not None:
+        raise ValueError(f"The teacher {teacher.name} makes images of text, and the student does not.")
     configs: dict[str, Any] = {"student": student.unet.config}
     if teacher is not None:
         configs["teacher"] = teacher.unet.config

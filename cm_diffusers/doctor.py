@@ -106,7 +106,7 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
         if source is not None:
             loaded = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
             found.lines += _describe_teacher(loaded)
-            teacher = (loaded.unet, loaded.scheduler)
+            teacher = (loaded.unet, loaded.scheduler) if loaded.text is None else loaded.text.pipeline
             if not _weights_fit(found, config, loaded):
                 return found
         if config.dataset is None and train_dataset is None:
@@ -141,11 +141,12 @@ def _describe_teacher(teacher: Teacher) -> list[str]:
 
 def _describe_run(trainer: ConsistencyTrainer) -> list[str]:
     config, student, scheduler = trainer.config, trainer.unet, trainer.scheduler.config
-    identity, shape = trainer.dataset_identity, trainer.dataset.transform.spec.shape
+    identity = trainer.dataset_identity
+    given = ", ".join(f"{name} of {' x '.join(map(str, shape))}" for name, shape in trainer.dataset.fields.items())
     size = f"{identity['rows']} images" if "rows" in identity else f"a stream of {identity['shards'] or '?'} shards"
     steps = ", then ".join(f"{phase.steps} of {phase.name}" for phase in trainer.phases)
     return [
-        f"dataset      {size}, given as {' x '.join(map(str, shape))}",
+        f"dataset      {size}, given as {given}",
         f"student      {_count(student)} weights, boundary {scheduler.boundary}, sigma from {scheduler.sigma_min:.4g} "
         f"to {scheduler.sigma_max:.4g}; loads in stock diffusers: {'yes' if trainer.scheduler.is_stock else 'no'}",
         f"run          steps: {steps}; batch {trainer.global_batch_size} = {config.batch_size} x "
@@ -168,10 +169,14 @@ def _examine_teacher_on_images(found: Diagnosis, trainer: ConsistencyTrainer) ->
 
 def _weights_fit(found: Diagnosis, config: ConsistencyConfig, teacher: Teacher) -> bool:
     """Whether there is room for all the copies of the weights; if not, nothing is moved to the device."""
-    resolved = config.resolve()
+    resolved = config.resolve(teacher.text is not None)
     in_float32 = 4 * sum(weight.numel() for weight in teacher.unet.parameters())
     # Student, average, gradients and two moments; a target, and the student of a first stage.
-    copies = 5 + (resolved.target == "ema" and bool(resolved.mu)) + (resolved.truncation is not None)
+    copies = (
+        0
+        if resolved.lora_rank
+        else 5 + (resolved.target == "ema" and bool(resolved.mu)) + (resolved.truncation is not None)
+    )
     needed, free = copies * in_float32, _bytes_free(_device())
     if _device().type != "cpu":  # where the teacher is not yet
         needed += in_float32 * getattr(torch, config.teacher_dtype).itemsize // 4
@@ -188,12 +193,13 @@ def _examine_memory(found: Diagnosis, trainer: ConsistencyTrainer) -> None:
     footprint, per_image = measure_footprint(trainer)
     found.footprint = footprint
     # Weights and averages are there by now.
-    there = footprint.student + footprint.teacher + footprint.averages
+    there = footprint.student + footprint.teacher + footprint.averages + footprint.encoders
     found.bytes_free = _bytes_free(trainer.accelerator.device) + there
     rows = {
         "student": footprint.student,
         "teacher": footprint.teacher,
         "target and evaluation averages": footprint.averages,
+        **({"encoders of text and pictures": footprint.encoders} if footprint.encoders else {}),
         "gradients": footprint.gradients,
         "optimiser": footprint.optimizer,
         f"activations of {trainer.config.batch_size} images": footprint.activations,
@@ -227,18 +233,20 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
     Forward passes are made, of one image and of two.
     """
     batch = next(iter(trainer.batches))
-    sizes = (1, 2) if len(batch["images"]) > 1 else (1,)
+    sizes = (1, 2) if len(batch["seed"]) > 1 else (1,)
     kept = [_bytes_kept(trainer, {name: value[:size] for name, value in batch.items()}) for size in sizes]
     per_image = float(kept[1] - kept[0]) if len(kept) > 1 else float(kept[0])
+    teacher = None if trainer.teacher is None else trainer.teacher.unet
     gradients = bytes_of_gradients(trainer.student)
     moments = 2 * gradients
     if uses_zero(trainer.accelerator) and not is_sharded(trainer.accelerator):
         # Stage 2 has a part of the moments, and a second copy of the weights that they move.
         moments = 3 * gradients // trainer.accelerator.num_processes
     footprint = Footprint(
-        student=bytes_of(trainer.student),
-        teacher=bytes_of(trainer.teacher.unet) if trainer.teacher is not None else 0,
-        averages=bytes_of(*trainer.averages.networks().values()),
+        student=bytes_of(trainer.student, beside=teacher),
+        teacher=bytes_of(teacher),
+        averages=bytes_of(*trainer.averages.networks().values(), beside=teacher),
+        encoders=0 if trainer.text is None else bytes_of(*trainer.text.modules),
         gradients=gradients,
         optimizer=moments,
         activations=int(kept[0] + per_image * (trainer.config.batch_size - 1)),

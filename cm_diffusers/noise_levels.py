@@ -175,6 +175,23 @@ class GridLevels:
 
 
 @dataclass(frozen=True)
+class DiscreteLevels:
+    """Neighbours among the noise levels of some timesteps of a discrete schedule (Luo et al. 2023), drawn uniformly.
+
+    Args:
+        sigmas (`Tensor` of shape `(num_levels,)`): ascending.
+    """
+
+    sigmas: Tensor
+
+    def at(self, step: int, position: Tensor) -> LevelPair:
+        return pairs_at(self.sigmas, position)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"num_levels": len(self.sigmas)}
+
+
+@dataclass(frozen=True)
 class MappedLevels:
     """Any level, with one below it that comes nearer from stage to stage (Geng et al. 2024).
 

@@ -5,7 +5,7 @@
 
 Studies, after the ablations of Song et al. 2023:
 
-    methods       every method of the package, with its own defaults
+    methods       every method of the package but `lcm`, with its own defaults
     metric        the distance of consistency distillation: l1, l2, pseudo_huber (lpips: see below)
     solver        the teacher's step, Euler's or Heun's, on 18 and on 40 noise levels
     num_levels    the number of noise levels N
@@ -61,7 +61,7 @@ from ablation_runs import Run, Setting, changed, measure_run, measure_teacher, p
 from processes import parallel
 from small_images import FASHION_MNIST
 
-from cm_diffusers.training.config import read_yaml
+from cm_diffusers.training.config_values import read_yaml
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
 from cm_diffusers.training.methods import METHODS
 
@@ -83,7 +83,9 @@ def study_runs(study: str, setting: Setting) -> dict[str, dict[str, Any]]:
     lpips_instead = {"distance": "pseudo_huber", "huber_c": setting.huber_c, "weighting": "inverse_gap"}
     if study == "methods":
         perceptual = {name for name, choices in METHODS.items() if choices.get("distance") == "lpips"}
-        return {name: {"method": name, **(lpips_instead if name in perceptual else {})} for name in METHODS}
+        # Not `lcm`, whose noise levels are the teacher's own timesteps: it is for latents, see text_to_image.py.
+        names = [name for name in METHODS if name != "lcm"]
+        return {name: {"method": name, **(lpips_instead if name in perceptual else {})} for name in names}
     if study == "data_terms":
         base = {"method": "scd", "real_data": 0.0, "adversarial_weight": 0.0}
         shares = {f"real-{share:g}": {**base, "real_data": share} for share in (0.1, 0.25, 0.5)}

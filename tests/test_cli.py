@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import build_unet
 from PIL import Image
+from stable_diffusion import make_stable_diffusion
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.cli import main
@@ -103,6 +105,29 @@ def test_train_needs_no_teacher(workspace, tmp_path):
     assert (tmp_path / "out" / "model_index.json").exists()
 
 
+def test_precompute_then_distill(tmp_path, capsys):
+    make_stable_diffusion().save_pretrained(tmp_path / "sd")
+    (tmp_path / "images").mkdir()
+    with (tmp_path / "images" / "metadata.jsonl").open("w") as captions:
+        for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)):
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+            captions.write(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}) + "\n")
+    teacher, cache = ["--teacher", str(tmp_path / "sd")], ["--output_dir", str(tmp_path / "cache")]
+    precompute = ["precompute", *teacher, "--dataset", str(tmp_path / "images"), *cache]
+    main([*precompute, "--random_flip", "yes", "--seed=1", "--cache_dtype", "float16"])
+    assert f"--dataset {tmp_path / 'cache'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="precompute: error: The cache .* made from something else: .*seed was 1"):
+        main([*precompute, "--random_flip", "yes", "--cache_dtype", "float16"])
+    with pytest.raises(SystemExit, match="Unknown option 'sead'. Did you mean 'seed'"):
+        main([*precompute, "--sead", "1"])
+    main(
+        ["distill", *teacher, "--dataset", str(tmp_path / "cache"), "--method", "lcm", "--lora_rank", "2",
+         "--batch_size", "2", "--max_train_steps", "1", "--teacher_check", "no", "--tracker", "none",
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
 def test_command_line_comes_before_the_file(workspace):
     arguments = ["--config", str(workspace / "config.yaml"), "--num_levels", "9", "--few_step_sigmas", "{2: [80, 1]}"]
     values = parse_config("distill", arguments, "cd")
@@ -132,7 +157,7 @@ def test_errors_are_one_line_without_a_traceback(tmp_path):
         main(["distill", "--output_dir", str(tmp_path), "--tracker", "none"])
 
 
-@pytest.mark.parametrize("command", ["distill", "train", "sample", "evaluate", "timesteps"])
+@pytest.mark.parametrize("command", ["distill", "train", "precompute", "sample", "evaluate", "timesteps"])
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

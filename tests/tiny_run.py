@@ -3,6 +3,7 @@
 It distils a random 8 x 8 UNet on 61 images, and at the end writes the loss of every step beside the student. Works
 alone, and under torchrun or `accelerate launch`. It says each step on its output, and listens to the environment:
 
+    TINY_TEXT       a tiny Stable Diffusion as the teacher, and captions
     TINY_DROPOUT    the network's dropout
     TINY_PAUSE      seconds to wait after each step
     TINY_DOCTOR     look at the run only, and write what it needs to footprint.json
@@ -19,12 +20,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import diffusers
 import torch
 from conftest import build_unet
 from PIL import Image
+from stable_diffusion import make_stable_diffusion
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
 from cm_diffusers.commands.training import parse_config
@@ -50,14 +53,19 @@ def stream() -> datasets.IterableDataset:
     return table.to_iterable_dataset(num_shards=4)
 
 
+def captioned() -> list[dict[str, Any]]:
+    large = torch.nn.functional.interpolate(images(), scale_factor=2)
+    return [{"image": image, "caption": f"cat {row}"} for row, image in enumerate(large)]
+
+
 def slow_down_the_disk() -> None:
-    flush, pause = checkpoints._flush, float(os.environ.get("TINY_SLOW_DISK", 0))
+    flush, pause = checkpoints.flush, float(os.environ.get("TINY_SLOW_DISK", 0))
 
     def slow(path: Path) -> None:
         time.sleep(pause)
         flush(path)
 
-    checkpoints._flush = slow
+    checkpoints.flush = slow
 
 
 def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
@@ -86,8 +94,11 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     slow_down_the_disk()
     config = ConsistencyConfig.from_dict({**SETTINGS, **parse_config("distill", arguments, "cd")})
-    teacher = build_unet(dropout=float(os.environ.get("TINY_DROPOUT", 0))), diffusers.DDPMScheduler()
-    trainer = ConsistencyTrainer(config, teacher=teacher, train_dataset=stream() if config.streaming else images())
+    teacher: Any = build_unet(dropout=float(os.environ.get("TINY_DROPOUT", 0))), diffusers.DDPMScheduler()
+    data: Any = stream() if config.streaming else images()
+    if "TINY_TEXT" in os.environ:
+        teacher, data = make_stable_diffusion(), captioned()
+    trainer = ConsistencyTrainer(config, teacher=teacher, train_dataset=data)
     if "TINY_DOCTOR" in os.environ:
         footprint = measure_footprint(trainer)[0]
         (Path(config.output_dir) / "footprint.json").write_text(json.dumps(dataclasses.asdict(footprint)))

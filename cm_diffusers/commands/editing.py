@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cm_diffusers.commands.options import Parser, add_model_options, load_student
+from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, load_student
 from cm_diffusers.commands.sampling import save_image
 
 # The pipeline of each edit, and what it does.
@@ -67,6 +67,7 @@ def _parser_of(kind: str) -> Parser:
     add("--steps", type=int, default=steps, help=f"network evaluations of each result (default: {steps})")
     add("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
     add("--class_label", type=int, help="of class-conditional students; none, or one that is drawn, when left out")
+    add_guidance(parser)
     add_model_options(parser)
     add("--seed", type=int, default=0, help="result i of a picture is drawn with seed + i (default: 0)")
     add("--output_dir", default="outputs/edits", help="where the results go")
@@ -123,8 +124,10 @@ def _walk(options: argparse.Namespace) -> Iterator[Row]:
 
 def _pipeline(kind: str, options: argparse.Namespace) -> Any:
     import cm_diffusers
+    from cm_diffusers.pipelines.loading import refuse_prompts
 
-    return load_student(options, getattr(cm_diffusers, EDITS[kind][0]))
+    refuse_prompts(options.model)
+    return load_student(options, getattr(cm_diffusers, EDITS[kind][0]).from_pretrained)
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

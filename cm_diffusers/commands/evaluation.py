@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cm_diffusers.commands import evaluation_of_text as of_text
 from cm_diffusers.commands.measuring import at_least, load_evaluator, load_student, measuring_parser, process_state
-from cm_diffusers.commands.options import Parser
+from cm_diffusers.commands.options import Parser, add_guidance
+
+TEACHER_NFES, TEACHER_SOLVER = [19, 35, 79], "heun"
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """`cm-diffusers evaluate`: writes `report.json`, `report.md`, plots and pictures."""
     options = _parser().parse_args(arguments)
-    from cm_diffusers.evaluation import Report, student_sampler, teacher_sampler
+    from cm_diffusers.evaluation import Report
     from cm_diffusers.evaluation.artefacts import write_artefacts
     from cm_diffusers.evaluation.in_loop import HISTORY, read_history
+    from cm_diffusers.pipelines.text import takes_prompts
     from cm_diffusers.training.runtime import on_main
-    from cm_diffusers.training.teacher import load_teacher
 
     state = process_state()
-    student = load_student(options)
-    evaluator = load_evaluator(options, student, options.repeats)
-    samplers = [student_sampler(student, nfe, options.guidance_scale) for nfe in options.nfes]
-    if options.teacher:
-        teacher = load_teacher(options.teacher, options.teacher_revision, options.teacher_prediction_type)
-        teacher.unet.to(state.device)
-        config, guidance = student.scheduler.config, options.teacher_guidance_scale
-        how = (options.teacher_solver, config.sigma_min, config.sigma_max, guidance, student.config.null_class_label)
-        samplers += [teacher_sampler(teacher, nfe, *how) for nfe in options.teacher_nfes]
+    student = load_student(options, options.base)
+    if takes_prompts(student):
+        evaluator = of_text.load_evaluator(options, student)
+        samplers = of_text.make_samplers(options, student, evaluator.prompts.texts)
+    else:
+        of_text.refuse_options(options)
+        evaluator = load_evaluator(options, student, options.repeats)
+        samplers = _samplers(options, student)
     folder = Path(options.output_dir)
     file = folder / "report.json"
 
@@ -47,8 +51,25 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"\n{report.table()}\n\nPlots and pictures are in {folder}.")
 
 
+def _samplers(options: argparse.Namespace, student: Any) -> list[Any]:
+    from cm_diffusers.evaluation import student_sampler, teacher_sampler
+    from cm_diffusers.training.teacher import load_teacher
+
+    guidance = 1.0 if options.guidance_scale is None else options.guidance_scale
+    samplers = [student_sampler(student, nfe, guidance) for nfe in options.nfes]
+    if options.teacher:
+        teacher = load_teacher(options.teacher, options.teacher_revision, options.teacher_prediction_type)
+        teacher.unet.to(process_state().device)
+        config, solver = student.scheduler.config, options.teacher_solver or TEACHER_SOLVER
+        guidance = 1.0 if options.teacher_guidance_scale is None else options.teacher_guidance_scale
+        how = (solver, config.sigma_min, config.sigma_max, guidance, student.config.null_class_label)
+        samplers += [teacher_sampler(teacher, nfe, *how) for nfe in options.teacher_nfes or TEACHER_NFES]
+    return samplers
+
+
 def _parser() -> Parser:
     parser, some = measuring_parser("evaluate"), at_least(1)
+    add_guidance(parser, of_text=True)
     parser.add_argument("--repeats", type=some, default=1, help="figures with other seeds, for a spread (default: 1)")
     parser.add_argument("--nfes", type=some, nargs="+", default=[1, 2, 4], help="the student's steps (default: 1 2 4)")
     parser.add_argument("--teacher", help="folder or Hub id of the teacher, to be measured, too")
@@ -57,12 +78,14 @@ def _parser() -> Parser:
         "--teacher_prediction_type", help="what its network predicts, where its scheduler's config is wrong"
     )
     parser.add_argument(
-        "--teacher_nfes", type=some, nargs="+", default=[19, 35, 79], help="its evaluations (default: 19 35 79)"
-    )
+        "--teacher_nfes", type=some, nargs="+",
+        help="its evaluations (default: 19 35 79); of text, the steps of its own scheduler (default: 25 50)",
+    )  # fmt: skip
     parser.add_argument(
-        "--teacher_solver", choices=("heun", "euler"), default="heun", help="its sampler; euler is DDIM"
+        "--teacher_solver", choices=("heun", "euler"), help="its sampler (default: heun); euler is DDIM"
     )
-    parser.add_argument("--teacher_guidance_scale", type=float, default=1.0, help="its guidance (default: 1, off)")
+    parser.add_argument("--teacher_guidance_scale", type=float, help="its guidance (default: 1, off; of text 7.5)")
+    of_text.add_options(parser)
     parser.add_argument(
         "--output_dir", default="outputs/evaluation", help="where the report goes; added to if it is there"
     )

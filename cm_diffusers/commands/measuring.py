@@ -32,7 +32,6 @@ def measuring_parser(command: str) -> Parser:
     parser.add_argument(
         "--num_images", type=several, default=10_000, help="images drawn for a figure (default: 10000)"
     )
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="the student's guidance (default: 1, off)")
     parser.add_argument("--batch_size", type=some, default=64, help="images at once, on each process (default: 64)")
     return parser
 
@@ -56,37 +55,54 @@ def process_state() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def load_student(options: argparse.Namespace) -> Any:
-    """The student, on the device of this process."""
-    from cm_diffusers import ConsistencyPipeline
+def load_student(options: argparse.Namespace, base: str | None = None) -> Any:
+    """The student, on the device of this process.
 
-    student = ConsistencyPipeline.from_pretrained(options.model).to(process_state().device)
+    Args:
+        base (`str`, *optional*): for adapters, folder or Hub id of the pipeline that they belong to.
+    """
+    from cm_diffusers import load_pipeline
+
+    student = load_pipeline(options.model, base).to(process_state().device)
     student.set_progress_bar_config(disable=True)
     return student
 
 
 def load_evaluator(options: argparse.Namespace, student: Any, repeats: int = 1) -> Any:
     """An [`~cm_diffusers.evaluation.Evaluator`] on the features and the images that the options name."""
-    from cm_diffusers.evaluation import Evaluator, load_features
+    from cm_diffusers.evaluation import Evaluator, Reference, load_features
 
     features = load_features(options.features, process_state().device)
-    return Evaluator(features, _reference(options, student), options.num_images, repeats, options.batch_size)
+    reference = Reference.from_dataset(load_images(options, student), data_name(options), options.num_reference)
+    return Evaluator(features, reference, options.num_images, repeats, options.batch_size)
 
 
-def _reference(options: argparse.Namespace, student: Any) -> Any:
-    from cm_diffusers.evaluation import Reference
+def data_name(options: argparse.Namespace) -> str:
+    """What the images that the options name are called in a report."""
+    from cm_diffusers.training.record import public_name
+
+    return f"{public_name(options.dataset)}/{options.dataset_split}"
+
+
+def load_images(options: argparse.Namespace, student: Any, **captions: Any) -> Any:
+    """The images that the options name, prepared as the student draws them.
+
+    Args:
+        captions: `captioned` and `caption_column` of [`~cm_diffusers.training.data.prepare_dataset`].
+    """
     from cm_diffusers.network_config import height_and_width
+    from cm_diffusers.pipelines.text import takes_prompts
     from cm_diffusers.training.data import load_image_dataset, prepare_dataset
     from cm_diffusers.training.images import ImageSpec
-    from cm_diffusers.training.record import public_name
 
     with process_state().main_process_first():
         dataset = load_image_dataset(
             options.dataset, name=options.dataset_name, split=options.dataset_split, streaming=options.streaming,
             data_files=options.data_files,
         )  # fmt: skip
-    config = student.unet.config
-    spec = ImageSpec(config.in_channels, *height_and_width(config.sample_size))
-    prepared = prepare_dataset(dataset, spec, image_column=options.image_column, on_bad_image="skip")
-    name = f"{public_name(options.dataset)}/{options.dataset_split}"
-    return Reference.from_dataset(prepared, name, options.num_reference)
+    (height, width), channels = height_and_width(student.unet.config.sample_size), student.unet.config.in_channels
+    if takes_prompts(student):  # whose network draws latents
+        factor, channels = student.vae_scale_factor, student.vae.config.out_channels
+        height, width = height * factor, width * factor
+    spec = ImageSpec(channels, height, width)
+    return prepare_dataset(dataset, spec, image_column=options.image_column, on_bad_image="skip", **captions)

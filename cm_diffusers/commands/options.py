@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 USAGE = {
     "distill": "Distil a pretrained diffusers UNet into a one-step student (consistency distillation).",
     "train": "Train a one-step network on data alone (consistency training).",
+    "precompute": "Compute the latents and prompt embeddings of a captioned dataset once, for runs on them.",
     "sample": "Draw images from a student.",
     "edit": "Edit pictures with a student: repaint, colour, enlarge, vary, denoise, interpolate.",
     "evaluate": "Measure a student and its teacher: FID, KID and others over the number of network evaluations.",
@@ -37,19 +39,27 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"{self.prog}: error: {message} (--help lists the options)")
 
 
+def add_guidance(parser: Parser, of_text: bool = False) -> None:
+    """The student's guidance scale: 1 by default, or `None` where images of text are made, too."""
+    told = "; 8.5 of text, where it is told the scale" if of_text else ""
+    parser.add_argument(
+        "--guidance_scale", type=float, default=None if of_text else 1.0,
+        help=f"the student's guidance (default: 1, off{told})",
+    )  # fmt: skip
+
+
 def add_model_options(parser: Parser) -> None:
     """How a student computes."""
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, off)")
     parser.add_argument("--device", help="cpu, cuda, mps ...; by default the best there is")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
-def load_student(options: argparse.Namespace, kind: Any) -> Any:
-    """`options.model` as a pipeline of a kind, as [`add_model_options`] say."""
+def load_student(options: argparse.Namespace, load: Callable[..., Any]) -> Any:
+    """`options.model` as a pipeline, by what loads it, where and as [`add_model_options`] say."""
     import torch
 
     precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
-    return kind.from_pretrained(options.model, **precision).to(options.device or best_device())
+    return load(options.model, **precision).to(options.device or best_device())
 
 
 def best_device() -> str:

@@ -37,7 +37,9 @@ def export(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     from cm_diffusers import ConsistencyPipeline
     from cm_diffusers.hub import export_to_diffusers, export_to_onnx
+    from cm_diffusers.pipelines.loading import refuse_prompts
 
+    refuse_prompts(options.model)
     pipeline = ConsistencyPipeline.from_pretrained(options.model)
     if options.format == "onnx":
         print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")

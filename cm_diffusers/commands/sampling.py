@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm_diffusers.commands.options import Parser, add_model_options, load_student
+from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, load_student
 
 
 def sample(arguments: Sequence[str]) -> None:
     """`cm-diffusers sample`: images from a student, one PNG each and one grid of all."""
     parser = Parser("sample")
     parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    parser.add_argument(
+        "--prompts", nargs="+", metavar="TEXT",
+        help="texts, for students that make images of them; image i is made of prompt i mod n",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base", help="for adapters: folder or Hub id of the pipeline they belong to; the teacher's, if they know it"
+    )
     parser.add_argument("--num_images", type=int, default=16, help="how many images (default: 16)")
     parser.add_argument("--steps", type=int, default=1, help="network evaluations per image (default: 1)")
     parser.add_argument("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
     parser.add_argument("--class_labels", type=int, nargs="+", help="one label for all images, or one for each")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
+    add_guidance(parser, of_text=True)
     add_model_options(parser)
     parser.add_argument("--output_dir", default="outputs/samples", help="where the images go")
     options = parser.parse_args(arguments)
     if options.num_images < 1 or options.batch_size < 1:
         parser.error("--num_images and --batch_size must be positive.")
-    images = _draw(options)
+    if options.prompts is None and options.base is not None:
+        parser.error("--base is for adapters, which make images of --prompts.")
+    if options.prompts is not None and (options.class_labels or options.sigmas):
+        parser.error("--class_labels and --sigmas are for students without --prompts.")
+    images = _draw_classes(options) if options.prompts is None else _draw_prompts(options)
 
     from cm_diffusers.image_grid import save_grid
 
@@ -36,31 +49,59 @@ def sample(arguments: Sequence[str]) -> None:
     print(f"{len(images)} images in {folder}, all of them in {folder / 'grid.png'}")
 
 
-def _draw(options: argparse.Namespace) -> Any:
+def _draw_classes(options: argparse.Namespace) -> Any:
     import numpy as np
 
     from cm_diffusers import ConsistencyPipeline
+    from cm_diffusers.pipelines.loading import refuse_prompts
     from cm_diffusers.training.randomness import generators
 
-    pipeline = load_student(options, ConsistencyPipeline)
+    refuse_prompts(options.model)
+    pipeline = load_student(options, ConsistencyPipeline.from_pretrained)
     labels = options.class_labels
     if labels is not None and len(labels) not in (1, options.num_images):
         raise ValueError(f"Got {len(labels)} class labels for {options.num_images} images.")
     batches = []
-    for start in range(0, options.num_images, options.batch_size):
-        indices = range(start, min(start + options.batch_size, options.num_images))
+    for indices in _batches(options):
         batches.append(
             pipeline(
                 batch_size=len(indices),
                 class_labels=labels if labels is None or len(labels) == 1 else [labels[i] for i in indices],
                 num_inference_steps=None if options.sigmas else options.steps,
                 sigmas=options.sigmas,
-                guidance_scale=options.guidance_scale,
+                guidance_scale=1.0 if options.guidance_scale is None else options.guidance_scale,
                 generator=generators([options.seed + i for i in indices]),
                 output_type="np",
             ).images
         )
     return np.concatenate(batches)
+
+
+def _draw_prompts(options: argparse.Namespace) -> Any:
+    import numpy as np
+
+    from cm_diffusers import load_pipeline
+    from cm_diffusers.pipelines.text import prompts_in_turn, resolve_guidance, takes_prompts
+    from cm_diffusers.training.randomness import generators
+
+    pipeline = load_student(options, functools.partial(load_pipeline, base=options.base))
+    if not takes_prompts(pipeline):
+        raise ValueError(f"{options.model!r} makes no images of text: leave out --prompts.")
+    how = {
+        "num_inference_steps": options.steps, "guidance_scale": resolve_guidance(pipeline, options.guidance_scale),
+        "output_type": "np",
+    }  # fmt: skip
+    batches = []
+    for indices in _batches(options):
+        generator = generators([options.seed + i for i in indices])
+        batches.append(pipeline(prompts_in_turn(options.prompts, indices), generator=generator, **how).images)
+    return np.concatenate(batches)
+
+
+def _batches(options: argparse.Namespace) -> list[range]:
+    """The indices of the images, in parts that are drawn at once."""
+    starts = range(0, options.num_images, options.batch_size)
+    return [range(start, min(start + options.batch_size, options.num_images)) for start in starts]
 
 
 def save_image(image: Any, path: Path) -> None:

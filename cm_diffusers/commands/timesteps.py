@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from cm_diffusers.commands.measuring import at_least, load_evaluator, load_student, measuring_parser, process_state
-from cm_diffusers.commands.options import Parser
+from cm_diffusers.commands.options import Parser, add_guidance
 
 
 def timesteps(arguments: Sequence[str]) -> None:
     """`cm-diffusers timesteps`: prints every measurement and a table; levels are stored as soon as they are found."""
     options = _parser().parse_args(arguments)
     from cm_diffusers.evaluation.timestep_search import levels_text, search_levels, store_levels
+    from cm_diffusers.pipelines.loading import refuse_prompts
     from cm_diffusers.training.runtime import on_main
 
     state, folder = process_state(), Path(options.model)
+    refuse_prompts(folder)
     if not options.dry_run:
         on_main(state, functools.partial(_check_storable, folder))
     student = load_student(options)
@@ -40,6 +42,7 @@ def timesteps(arguments: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = measuring_parser("timesteps")
+    add_guidance(parser)
     parser.add_argument(
         "--nfes", type=at_least(2), nargs="+", default=[2, 4],
         help="numbers of steps to search for; the way to 4 leads over 2 and 3 (default: 2 4)",

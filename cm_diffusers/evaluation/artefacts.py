@@ -23,7 +23,8 @@ def write_artefacts(
     folder: Path, report: Report, evaluator: Evaluator, samplers: Sequence[Sampler],
     history: Sequence[Mapping[str, Any]] = (),
 ) -> None:  # fmt: skip
-    """`report.md`, `fid.png`, a grid of samples each, and `neighbours.png` of the first sampler's.
+    """`report.md`, `fid.png`, with CLIP scores `clip_score.png`, a grid of samples each, and `neighbours.png` of the
+    first sampler's.
 
     Called by all processes; the main one writes.
 
@@ -35,6 +36,8 @@ def write_artefacts(
         return
     folder.mkdir(parents=True, exist_ok=True)
     plot_nfe(report, folder / "fid.png")
+    if evaluator.clip is not None:
+        plot_nfe(report, folder / "clip_score.png", "clip_score")
     if history:
         plot_training(history, folder / "training.png")
     text = [report.table()]

@@ -19,16 +19,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from cm_diffusers.evaluation.clip_score import load_clip
 from cm_diffusers.evaluation.evaluate import Evaluator
 from cm_diffusers.evaluation.features import load_features
+from cm_diffusers.evaluation.prompts import Prompts
 from cm_diffusers.evaluation.reference import Reference
 from cm_diffusers.evaluation.results import write_whole
-from cm_diffusers.evaluation.sampling import student_sampler
-from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.evaluation.sampling import Sampler, student_sampler
+from cm_diffusers.evaluation.text_sampling import text_student_sampler
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.record import public_name
 from cm_diffusers.training.runtime import on_main
-from cm_diffusers.training.saving import workplace
+from cm_diffusers.training.samples import told_guidance
+from cm_diffusers.training.saving import save_student, workplace
+from cm_diffusers.training.text_to_image import TextToImage
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +50,29 @@ class TrainingEvaluation:
         config ([`ConsistencyConfig`]): the run's.
         dataset: the run's, prepared. The reference is read from it now.
         accelerator (`Accelerator`): the run's.
+        text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): of a student that makes images of
+            text, which are the captions of its training images, spread evenly.
 
     Raises:
         `ValueError`, `TypeError`: for evaluations that cannot work, or a stream that can be read only once.
     """
 
-    def __init__(self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator, text: TextToImage | None = None
+    ) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.output_dir)
+        self.text = text
         if not hasattr(dataset, "__len__") and iter(dataset.dataset) is iter(dataset.dataset):
             raise ValueError("`eval_steps` needs training images that can be read again: this stream comes only once.")
         with own_randomness(config.seed):
             features = load_features(config.eval_features, accelerator.device)
-            name = public_name(config.dataset) or "training data"
-            reference = Reference.from_dataset(without_augmentation(dataset), name, config.eval_num_reference)
-        self.evaluator = Evaluator(features, reference, config.eval_num_images, batch_size=config.batch_size)
+            clip = None if config.eval_clip is None else load_clip(config.eval_clip, accelerator.device)
+            name, plain = public_name(config.dataset) or "training data", without_augmentation(dataset)
+            reference = Reference.from_dataset(plain, name, config.eval_num_reference)
+            prompts = None if text is None else Prompts.from_dataset(plain, name, config.eval_num_images)
+        self.evaluator = Evaluator(
+            features, reference, config.eval_num_images, batch_size=config.batch_size, prompts=prompts, clip=clip
+        )
         self.best = math.inf
 
     def start(self) -> None:
@@ -74,15 +87,15 @@ class TrainingEvaluation:
 
     @property
     def _protocol(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.evaluator.protocol)
+        return self.evaluator.protocol.facts()
 
-    def __call__(self, pipeline: ConsistencyPipeline, step: int) -> None:
+    def __call__(self, pipeline: Any, step: int) -> None:
         """Measure the student after `step` steps; save it if it is the best so far. A diverged one has no figures."""
         pipeline.set_progress_bar_config(disable=True)
         for place, nfe in enumerate(self.config.eval_nfes):
             try:
                 with own_randomness(self.config.seed):
-                    metrics = self.evaluator.measure(student_sampler(pipeline, nfe)).metrics
+                    metrics = self.evaluator.measure(self._sampler(pipeline, nfe)).metrics
             except FloatingPointError as error:
                 logger.warning("Step %d, %d NFE: %s", step, nfe, error)
                 continue
@@ -94,16 +107,22 @@ class TrainingEvaluation:
                 self.best = metrics["fid"]
                 logger.info("Step %d: FID %.4g at %d NFE, the best so far.", step, self.best, nfe)
 
-    def _write(self, entry: dict[str, Any], best: ConsistencyPipeline | None) -> None:
+    def _sampler(self, pipeline: Any, nfe: int) -> Sampler:
+        prompts = self.evaluator.prompts
+        if self.text is None or prompts is None:
+            return student_sampler(pipeline, nfe)
+        return text_student_sampler(self.text.on_device(pipeline), nfe, prompts.texts, told_guidance(self.config))
+
+    def _write(self, entry: dict[str, Any], best: Any) -> None:
         with (self.folder / HISTORY).open("a") as file:
             file.write(json.dumps(entry) + "\n")
         if best is not None:
             self._keep(best, entry)
 
-    def _keep(self, pipeline: ConsistencyPipeline, entry: dict[str, Any]) -> None:
+    def _keep(self, pipeline: Any, entry: dict[str, Any]) -> None:
         """Save the student beside `best/`, then put it there."""
         with workplace(self.folder) as place:
-            pipeline.save_pretrained(place / "new")
+            save_student(pipeline, place / "new")
             (place / "new" / FIGURES).write_text(json.dumps(entry, indent=2) + "\n")
             if (self.folder / BEST).exists():
                 (self.folder / BEST).rename(place / "old")

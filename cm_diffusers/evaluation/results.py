@@ -25,6 +25,8 @@ class Protocol:
         reference (`str`): the images that they are compared with.
         reference_digest (`str`): of their pixels.
         num_reference (`int`): how many they are.
+        prompts (`str`), prompts_digest (`str`): what the images are made of; empty without text.
+        clip (`str`), clip_digest (`str`): the model of the CLIP score; empty without one.
     """
 
     features: str
@@ -34,12 +36,23 @@ class Protocol:
     reference: str
     reference_digest: str
     num_reference: int
+    prompts: str = ""
+    prompts_digest: str = ""
+    clip: str = ""
+    clip_digest: str = ""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.num_images:,} images ({self.images}) against {self.num_reference:,} of {self.reference}, "
             f"features: {self.features} [{self.features_digest}]"
         )
+        if self.prompts:
+            text += f", prompts: {self.prompts} [{self.prompts_digest}]"
+        return text + (f", CLIP: {self.clip} [{self.clip_digest}]" if self.clip else "")
+
+    def facts(self) -> dict[str, Any]:
+        """Its fields by name, without those that are empty."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -137,11 +150,10 @@ class Report:
         rows.insert(1, ["---"] * len(rows[0]))
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         protocol = self.results[0].protocol
-        named = dataclasses.replace(
-            protocol, features=_plain(protocol.features), reference=_plain(protocol.reference),
-            images=_plain(protocol.images), features_digest=_plain(protocol.features_digest),
-        )  # fmt: skip
-        return "\n".join([*lines, "", f"{named}."])
+        plain: dict[str, Any] = {
+            name: _plain(fact) if isinstance(fact, str) else fact for name, fact in protocol.facts().items()
+        }
+        return "\n".join([*lines, "", f"{Protocol(**plain)}."])
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
@@ -177,5 +189,5 @@ def _plain(text: str) -> str:
 
 TITLES = {
     "fid": "FID ↓", "kid": "KID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
-    "density": "density ↑", "coverage": "coverage ↑",
+    "density": "density ↑", "coverage": "coverage ↑", "clip_score": "CLIP score ↑",
 }  # fmt: skip

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import html
-import json
-import logging
 import re
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from cm_diffusers.evaluation.digests import model_digest
-from cm_diffusers.evaluation.in_loop import HISTORY, read_history
-from cm_diffusers.evaluation.results import TITLES, Protocol, Report
+from cm_diffusers.evaluation.in_loop import HISTORY
+from cm_diffusers.evaluation.results import TITLES, Protocol
 from cm_diffusers.evaluation.timestep_search import levels_text
-from cm_diffusers.schedulers import ConsistencyScheduler
+from cm_diffusers.hub.student import Student
+from cm_diffusers.hub.usage import usage
 from cm_diffusers.training.record import HUB_ID, SAMPLES, TrainingRecord
 
-logger = logging.getLogger(__name__)
-
-TASK = "unconditional-image-generation"
 RENDERED = "<!-- Rendered by cm_diffusers, and anew with every push. Delete this line to keep what you change. -->"
 CITATION = """\
 ```bibtex
@@ -34,76 +26,6 @@ CITATION = """\
   year      = {2023}
 }
 ```"""
-
-
-@dataclass(frozen=True)
-class Student:
-    """What is in a student's folder.
-
-    Args:
-        folder (`Path`): as `ConsistencyPipeline.save_pretrained` wrote it.
-        repo_id (`str`): its name on the Hub.
-    """
-
-    folder: Path
-    repo_id: str
-
-    def _json(self, *place: str) -> dict[str, Any]:
-        path = self.folder.joinpath(*place)
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.folder} holds no student: {error}") from error
-        return values
-
-    @property
-    def index(self) -> dict[str, Any]:
-        return self._json("model_index.json")
-
-    @property
-    def scheduler(self) -> ConsistencyScheduler:
-        scheduler: ConsistencyScheduler = ConsistencyScheduler.from_config(
-            self._json("scheduler", "scheduler_config.json")
-        )
-        return scheduler
-
-    @property
-    def unet(self) -> dict[str, Any]:
-        return self._json("unet", "config.json")
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether stock diffusers classes represent it exactly."""
-        return self.index.get("_class_name") == "ConsistencyModelPipeline"
-
-    @property
-    def record(self) -> TrainingRecord | None:
-        return TrainingRecord.load(self.folder)
-
-    @cached_property
-    def report(self) -> Report | None:
-        """Its evaluation; none if that is of other weights, or of the levels before others were stored."""
-        path = self.folder / "evaluation" / "report.json"
-        if not path.exists():
-            return None
-        report = Report.load(path)
-        if self._is_measured_by(report):
-            return report
-        logger.warning("%s is of other weights, precision or noise levels, and left out: evaluate anew.", path)
-        return None
-
-    def _is_measured_by(self, report: Report) -> bool:
-        """Whether the report's figures are this student's, as far as it says whose they are."""
-        measured = {result.weights for result in report.of("student")} - {""}
-        if not measured:
-            return True
-        return measured == {model_digest(UNet2DModel.from_pretrained(self.folder / "unet"), self.scheduler.config)}
-
-    @property
-    def last_measured(self) -> list[dict[str, Any]]:
-        """The figures of the last evaluation while it trained; empty if there was none."""
-        history = read_history(self.folder / HISTORY)
-        return [entry for entry in history if entry["step"] == history[-1]["step"]]
 
 
 def render_card(folder: str | Path, repo_id: str) -> ModelCard:
@@ -123,7 +45,7 @@ def render_card(folder: str | Path, repo_id: str) -> ModelCard:
     parts = [
         f"# {repo_id.rsplit('/', 1)[-1]}",
         _introduction(student),
-        _usage(student),
+        usage(student),
         _training(student.record),
         _evaluation(student),
         _limitations(student),
@@ -147,17 +69,20 @@ def _metadata(student: Student) -> ModelCardData:
     record, report = student.record, student.report
     values: dict[str, Any] = {}
     teacher = (record.teacher or {}) if record else {}
-    if HUB_ID.fullmatch(teacher.get("name", "")):
-        values["base_model"] = teacher["name"]
+    task = "text-to-image" if student.takes_prompts else "unconditional-image-generation"
+    if student.teacher_id is not None:
+        values["base_model"] = student.teacher_id
+        if student.is_adapters:
+            values["base_model_relation"] = "adapter"
     dataset = record.dataset["name"] if record else ""
     if HUB_ID.fullmatch(dataset or ""):
         values["datasets"] = [dataset]
     if report is not None and report.protocol is not None:
-        data = {"task_type": TASK, "dataset_type": "images", "dataset_name": report.protocol.reference}
+        data = {"task_type": task, "dataset_type": "images", "dataset_name": report.protocol.reference}
         values["eval_results"] = [
             EvalResult(
                 metric_type=name,
-                metric_name=f"{TITLES[name].split()[0]}, {result.nfe} NFE",
+                metric_name=f"{TITLES[name].rpartition(' ')[0]}, {result.nfe} NFE",
                 metric_value=value,
                 **data,
             )
@@ -169,23 +94,29 @@ def _metadata(student: Student) -> ModelCardData:
     if (student.folder / SAMPLES).exists():
         values["widget"] = [{"text": "-", "output": {"url": SAMPLES}}]  # the Hub asks for a prompt, and there is none
     return ModelCardData(
-        license=teacher.get("license"), library_name="diffusers", pipeline_tag=TASK,
-        tags=["consistency-models", "cm_diffusers", "one-step", kind], **values,
+        license=teacher.get("license"), library_name="diffusers", pipeline_tag=task,
+        tags=["consistency-models", "cm_diffusers", "one-step", kind, *["lora"] * student.is_adapters], **values,
     )  # fmt: skip
 
 
 def _introduction(student: Student) -> str:
-    unet = student.unet
-    size = unet.get("sample_size")
-    height, width = (size, size) if isinstance(size, int) else size or ("?", "?")
-    classes = f" of {unet['num_class_embeds']} classes" if unet.get("num_class_embeds") else ""
+    kind = "The adapters (LoRA) of a" if student.is_adapters else "A"
     text = (
-        f"A [consistency model](https://arxiv.org/abs/2303.01469){_origin(student.record)}: it draws images of "
-        f"{height} × {width} pixels{classes} in one evaluation of its network, or in a few."
+        f"{kind} [consistency model](https://arxiv.org/abs/2303.01469){_origin(student.record)}: it "
+        f"{_does(student)} in one evaluation of its network, or in a few."
     )
     if (student.folder / SAMPLES).exists():
         text += f"\n\n![Samples in one step]({SAMPLES})"
     return text
+
+
+def _does(student: Student) -> str:
+    """What it does, as far as its folder says."""
+    size, classes = student.image_size, student.unet.get("num_class_embeds")
+    images = f"images of {size[0]} × {size[1]} pixels" if size else "images"
+    if student.takes_prompts:
+        return f"makes {images} of text"
+    return f"draws {images} of {classes} classes" if classes else f"draws {images}"
 
 
 def _origin(record: TrainingRecord | None) -> str:
@@ -195,44 +126,6 @@ def _origin(record: TrainingRecord | None) -> str:
         return ", trained on data alone"
     how = "distilled from" if _is_distilled(record) else "trained on data from the weights of"
     return f", {how} {_code(record.teacher['name'])}"
-
-
-def _usage(student: Student) -> str:
-    conditional = bool(student.unet.get("num_class_embeds"))
-    label = "class_labels=0, " if conditional else ""
-    ours = (
-        "```python\n# pip install cm_diffusers\nfrom cm_diffusers import ConsistencyPipeline\n\n"
-        f'pipe = ConsistencyPipeline.from_pretrained("{student.repo_id}")\n'
-        f"image = pipe({label}num_inference_steps=1).images[0]\n"
-        f"image = pipe({label}num_inference_steps=2).images[0]\n```"
-    )
-    stock = (
-        "```python\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{student.repo_id}")\n'
-        f"image = pipe({label}num_inference_steps=1).images[0]\n```"
-    )
-    if student.is_stock:
-        same = f"With stock diffusers, or with cm_diffusers for the same images:\n\n{stock}\n\n{ours}"
-        return "\n\n".join(["## Use", same, *_stored_for_stock(student.scheduler)])
-    network = (
-        "```python\nfrom diffusers import UNet2DModel\n\n"
-        f'unet = UNet2DModel.from_pretrained("{student.repo_id}", subfolder="unet")\n```'
-    )
-    return (
-        f"## Use\n\n{ours}\n\nStock diffusers has no pipeline that computes this student (family "
-        f"`{student.scheduler.config.family}`, boundary `{student.scheduler.config.boundary}`): `DiffusionPipeline` "
-        f"does not load it. Its network alone loads there:\n\n{network}"
-    )
-
-
-def _stored_for_stock(scheduler: ConsistencyScheduler) -> list[str]:
-    """How stock diffusers takes the levels that are stored for a number of steps, of which it knows nothing."""
-    texts = []
-    for steps in sorted(map(int, scheduler.config.few_step_sigmas or {})):
-        timesteps = scheduler.stock_timesteps(steps)
-        other = f"pass it `timesteps={timesteps}` for the same images" if timesteps else "it draws other images"
-        texts.append(f"In {steps} steps cm_diffusers takes stored levels, unknown to stock diffusers: {other}.")
-    return texts
 
 
 def _plain(text: Any) -> str:

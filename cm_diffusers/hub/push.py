@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from cm_diffusers.hub.card import is_rendered, render_card
+from cm_diffusers.pipelines.loading import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,12 @@ logger = logging.getLogger(__name__)
 PUBLISHED = [
     "README.md", "model_index.json", "training.json", "samples.png", "scheduler/*", "unet/*", "evaluation/*.json",
     "evaluation/*.md", "evaluation/*.png", "evaluation.jsonl",
+    # Of students that make images of text.
+    ADAPTERS, "vae/*", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*", "safety_checker/*",
+    "feature_extractor/*", "image_encoder/*",
 ]  # fmt: skip
+# Where these libraries write down the place that a part was once loaded from.
+PLACES = ("_name_or_path", "name_or_path")
 # What the client's HTTP library raises, whichever that is, and what the system does.
 TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 # The client puts what fails with large files into a RuntimeError.
@@ -46,7 +52,7 @@ def push_to_hub(
     A README.md in the folder that is a person's own is kept; one that this function rendered is rendered anew.
 
     Args:
-        folder (`str` or `Path`): of the student, as a run or `ConsistencyPipeline.save_pretrained` wrote it.
+        folder (`str` or `Path`): of the student, as a run or the `save_pretrained` of its pipeline wrote it.
         repo_id (`str`): `name`, `user/name` or `organisation/name`.
         private (`bool`, *optional*): of a new repository; the account's default when `None`. With `True`, nothing is
             pushed to a public one.
@@ -122,18 +128,18 @@ def check_access(repo_id: str, token: str | None = None) -> None:
 
 
 def gather(folder: Path, staging: Path) -> None:
-    """Copy what belongs to the student, without the place that its network was once loaded from."""
+    """Copy what belongs to the student, without the places that its parts were once loaded from."""
     for pattern in PUBLISHED:
         for file in folder.glob(pattern):
             if file.is_file():
                 place = staging / file.relative_to(folder)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, place)
-    network = staging / "unet" / "config.json"
-    if network.exists():
-        config = json.loads(network.read_text())
-        if config.pop("_name_or_path", None):
-            network.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for place in (staging / "model_index.json", *staging.glob("*/*config.json")):
+        config = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        found = [config.pop(name, None) for name in PLACES]
+        if any(found):
+            place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _ask(repo_id: str, call: Callable[[], T]) -> T:

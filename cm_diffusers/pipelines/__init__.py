@@ -1,4 +1,5 @@
 from cm_diffusers.pipelines.known import Known
+from cm_diffusers.pipelines.loading import load_pipeline
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.pipelines.pipeline_consistency_colorize import ConsistencyColorizePipeline
 from cm_diffusers.pipelines.pipeline_consistency_denoise import ConsistencyDenoisePipeline
@@ -18,4 +19,5 @@ __all__ = [
     "ConsistencyRestorationPipeline",
     "ConsistencySuperResolutionPipeline",
     "Known",
+    "load_pipeline",
 ]

@@ -44,13 +44,13 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write(partial)
-        digests = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        digests = {str(p.relative_to(partial)): digest_of_file(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=2))
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     # safetensors has an exception of its own for a full disk.
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +90,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         for name, digest in digests.items():
-            if _digest(folder / name) != digest:
+            if digest_of_file(folder / name) != digest:
                 raise CheckpointError(f"Checkpoint {folder} is corrupt: {name} is not what was written.")
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
     except CheckpointError:
@@ -140,7 +140,8 @@ def _newest_first(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"), reverse=True)
 
 
-def _digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of what a file holds, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -148,7 +149,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that a file, or a folder's list of files, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

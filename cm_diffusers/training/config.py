@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from cm_diffusers.training.methods import METHODS, NEEDED_BY_LEVELS
+from cm_diffusers.training.config_checks import check_choices, check_numbers, without_effect
+from cm_diffusers.training.config_values import coerce, read_yaml, unknown_key
+from cm_diffusers.training.methods import METHODS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -30,8 +31,8 @@ class ConsistencyConfig:
         `ValueError`: for values out of range or choices that do not go together.
     """
 
-    method: Literal["cd", "ct", "ict", "ect", "ecd", "tcm", "sct", "scd", "meanflow"] = _option(
-        "cd", "cd, ecd, scd: distil a teacher; ct, ict, ect, tcm, sct, meanflow: train on data"
+    method: Literal["cd", "ct", "ict", "ect", "ecd", "tcm", "sct", "scd", "meanflow", "lcm"] = _option(
+        "cd", "cd, ecd, scd, lcm: distil a teacher; ct, ict, ect, tcm, sct, meanflow: train on data"
     )
 
     # The teacher
@@ -41,11 +42,18 @@ class ConsistencyConfig:
         None, "replaces the prediction type in the teacher's scheduler config"
     )
     teacher_check: bool = _option(True, "first test on real images that the teacher is read correctly")
-    guidance_scale: float = _option(1.0, "classifier-free guidance of the teacher's steps; 1 is off")
+    guidance_scale: float | None = _option(
+        None, "classifier-free guidance of the teacher's steps; by default 8.5 from text to images, and else 1: off"
+    )
+    w_min: float | None = _option(
+        None, "from text to images, with w_max: the student is told the guidance, of a scale between w_min + 1 ..."
+    )
+    w_max: float | None = _option(None, "... and w_max + 1; by default 5 to 15 for `lcm` without `lora_rank`")
     null_class_label: int | None = _option(None, "the label that stands for 'no class'")
     label_dropout: float = _option(
         0.0, "share of labels replaced by null_class_label, so that the student can be guided"
     )
+    caption_dropout: float = _option(0.0, "share of captions left empty, so that the student can be guided")
 
     # The student
     unet_config: str | None = _option(
@@ -66,10 +74,20 @@ class ConsistencyConfig:
         None, "noise levels stored for few-step sampling, as {2: [80, 0.8]}; by default a second one after the size"
     )
 
-    # The five choices
-    levels: Literal["fixed", "progressive", "doubling", "mapping", "continuous"] | None = _option(
-        None, "the lower level of a pair: the next of N(k) on a grid, mapped from the higher one, or its limit"
+    lora_rank: int | None = _option(None, "train adapters of this rank, from text to images, instead of all weights")
+    lora_alpha: int | None = _option(None, "adapters count alpha / rank; by default 1")
+    lora_targets: list[str] | None = _option(
+        None, "layers with adapters, by the ends of their names; by default LCM's"
     )
+    dora: bool = _option(False, "adapters that also train the size of each output")
+
+    # The five choices
+    levels: Literal["fixed", "progressive", "doubling", "mapping", "continuous", "skipping"] | None = _option(
+        None,
+        "the lower level of a pair: the next of N(k) on a grid, mapped from the higher one, its limit, or so many "
+        "timesteps below",
+    )
+    skip_interval: int | None = _option(None, "timesteps from one level to the next, for skipping levels")
     num_levels: int | None = _option(None, "N, for fixed levels")
     s0: int | None = _option(None, "first number of intervals, for progressive and doubling levels")
     s1: int | None = _option(None, "last number of intervals, for progressive and doubling levels")
@@ -87,8 +105,12 @@ class ConsistencyConfig:
     mu_schedule: Literal["fixed", "progressive"] | None = _option(
         None, "progressive: mu follows N(k), and the length of runs below 800,000 steps"
     )
-    distance: Literal["l1", "l2", "lpips", "pseudo_huber"] | None = _option(None, "distance between two images")
-    huber_c: float | None = _option(None, "constant of the pseudo-Huber distance; by default 0.00054 * sqrt(d)")
+    distance: Literal["l1", "l2", "lpips", "pseudo_huber", "huber"] | None = _option(
+        None, "distance between two images; pseudo_huber takes the norm of their difference, huber each value"
+    )
+    huber_c: float | None = _option(
+        None, "constant of the Huber distances; by default 0.00054 * sqrt(d) for pseudo_huber"
+    )
     weighting: Literal["uniform", "inverse_gap", "adaptive"] | None = _option(
         None, "loss weight: 1, 1 / (sigma - sigma_lower), or learned so that all noise levels count the same"
     )
@@ -109,7 +131,9 @@ class ConsistencyConfig:
     adversarial_weight: float = _option(0.0, "weight of a loss by which images must not be told from real ones")
 
     # Data
-    dataset: str | None = _option(None, "Hub id, folder of images, parquet files, or a saved dataset")
+    dataset: str | None = _option(
+        None, "Hub id, folder of images, parquet files, a saved dataset, or what `cm-diffusers precompute` wrote"
+    )
     dataset_name: str | None = _option(None, "configuration of the dataset")
     data_files: list[str] | None = _option(
         None, "files or URLs of the dataset, with wildcards; with `dataset: webdataset`, its shards"
@@ -118,6 +142,7 @@ class ConsistencyConfig:
     streaming: bool = _option(False, "read the dataset as it comes, without downloading it first")
     image_column: str | None = _option(None, "column of images; found by itself when there is one")
     label_column: str | None = _option(None, "column of class labels, for class-conditional students")
+    caption_column: str | None = _option(None, "column of captions, from text to images; found by itself")
     resolution: int | None = _option(None, "image size in pixels; by default the teacher's")
     center_crop: bool = _option(True, "crop in the middle rather than at random")
     random_flip: bool = _option(False, "mirror half of the images")
@@ -159,9 +184,13 @@ class ConsistencyConfig:
     logging_steps: int = _option(50, "steps between log entries")
     sample_steps: int = _option(1_000, "steps between sample grids; 0: none")
     num_samples: int = _option(16, "images in a sample grid")
+    sample_prompts: list[str] | None = _option(None, "their prompts, in turn; by default the first captions")
     sample_nfes: list[int] = _option([1, 2], "numbers of steps to sample with")
     eval_steps: int = _option(0, "steps between evaluations against the training images; 0: none")
     eval_features: str = _option("inception", "feature network: inception, a classifier's folder, or module:function")
+    eval_clip: str | None = _option(
+        None, "from text to images: folder or Hub id of a CLIP model, whose score is measured, too"
+    )
     eval_num_images: int = _option(1_000, "images drawn for an evaluation")
     eval_num_reference: int = _option(10_000, "training images they are compared with, spread evenly")
     eval_nfes: list[int] = _option([1], "numbers of steps to evaluate; the best student is the first one's")
@@ -178,15 +207,21 @@ class ConsistencyConfig:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value = coerce(spec.name, getattr(self, spec.name))
+            value = coerce(spec.name, getattr(self, spec.name), field_types())
             setattr(self, spec.name, value)
-        self._check_numbers()
+        check_numbers(self)
 
-    def resolve(self) -> ConsistencyConfig:
-        """The config with the method's choices filled in, and checked against each other."""
-        choices = {name: value for name, value in METHODS[self.method].items() if getattr(self, name) is None}
+    def resolve(self, from_text: bool = False) -> ConsistencyConfig:
+        """The config with the method's choices filled in, and checked against each other.
+
+        Args:
+            from_text (`bool`): whether images are made from text, out of latents. Only then do some options mean
+                anything.
+        """
+        choices = {**METHODS[self.method], **(self._choices_from_text() if from_text else {"guidance_scale": 1.0})}
+        choices = {name: value for name, value in choices.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **choices)
-        while overridden := choices.keys() & config._without_effect().keys():  # of the method, by something else
+        while overridden := choices.keys() & without_effect(config).keys():  # of the method, by something else
             for name in overridden:
                 setattr(config, name, None)
         if config.level_distribution == "lognormal":  # by default Song & Dhariwal's
@@ -194,105 +229,20 @@ class ConsistencyConfig:
             config.p_std = 2.0 if config.p_std is None else config.p_std
         if config.flow_map and config.boundary is None:
             config.boundary = "euler"
-        config._check_effect()
-        config._check_levels()
-        if config.source == "teacher" and config.solver is None and config.levels != "continuous":
-            raise ValueError("`source='teacher'` needs a `solver`.")
-        if config.real_data and config.source != "teacher":
-            raise ValueError("`real_data` takes the place of a part of the teacher's: it needs `source='teacher'`.")
-        if config.guidance_scale != 1 and config.source != "teacher":
-            raise ValueError("`guidance_scale` acts on the teacher's steps: it needs `source='teacher'`.")
-        if config.guidance_scale != 1 and config.null_class_label is None:
-            raise ValueError("`guidance_scale` needs `null_class_label`, the label that stands for 'no class'.")
-        if config.label_dropout and config.null_class_label is None:
-            raise ValueError("`label_dropout` needs `null_class_label`, the label that stands for 'no class'.")
+        check_choices(config, from_text)
         return config
 
-    def _without_effect(self) -> dict[str, str]:
-        """What is set without doing anything, and what it would need."""
-
-        def needs(name: str, value: str) -> tuple[bool, str]:
-            return getattr(self, name) == value, f"`{name}={value!r}`"
-
-        growing, grows = self.levels in ("progressive", "doubling"), "`levels='progressive'` or `'doubling'`"
-        rules = {
-            "num_levels": needs("levels", "fixed"),
-            "s0": (growing or self.mu_schedule == "progressive", grows),
-            "s1": (growing, grows),
-            **dict.fromkeys(("stages", "mapping_base", "truncation"), needs("levels", "mapping")),
-            **dict.fromkeys(("flow_map", "tangent_warmup_steps", "derivative"), needs("levels", "continuous")),
-            **dict.fromkeys(("mu", "mu_schedule"), needs("target", "ema")),
-            "huber_c": needs("distance", "pseudo_huber"),
-            "solver": needs("source", "teacher"),
-            **dict.fromkeys(("p_mean", "p_std"), needs("level_distribution", "lognormal")),
-            "first_stage_steps": (self.truncation is not None, "`truncation`, with which the second stage begins"),
-        }
-        return {name: need for name, (works, need) in rules.items() if not works and getattr(self, name) is not None}
-
-    def _check_effect(self) -> None:
-        """See that everything that is set does something."""
-        for name, needed in self._without_effect().items():
-            raise ValueError(f"`{name}` needs {needed}.")
-        if self.target == "ema" and self.mu is None:
-            raise ValueError("`target='ema'` needs `mu`.")
-        if self.method == "tcm" and self.truncation is None:
-            raise ValueError("`method='tcm'` needs `levels='mapping'`, whose truncation it is.")
-        if self.first_stage_steps is not None and self.first_stage_steps >= self.max_train_steps:
-            raise ValueError("`first_stage_steps` must leave steps for the second stage.")
-        if self.flow_map and self.boundary not in (None, "euler"):
-            raise ValueError(f"`flow_map` has the boundary 'euler', not {self.boundary!r}.")
-        if self.flow_map and self.tangent_warmup_steps:
-            raise ValueError("`tangent_warmup_steps` has no meaning for a flow map: leave it out.")
-
-    def _check_levels(self) -> None:
-        """See that what the levels need is there, and that it has a meaning for them."""
-        levels = self.levels or "fixed"
-        for name in NEEDED_BY_LEVELS[levels]:
-            if getattr(self, name) is None:
-                raise ValueError(f"`levels={levels!r}` needs `{name}`.")
-        if self.mu_schedule == "progressive" and (self.s0 is None or levels in ("mapping", "continuous")):
-            raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
-        if levels == "continuous":
-            self._require("distance", lambda value: value == "l2", "l2, as continuous levels compare derivatives")
-            self._require("weighting", lambda value: value != "inverse_gap", "uniform or adaptive: there is no gap")
-            self._require("target", lambda value: value == "student", "the student for continuous levels")
-            self._require("solver", lambda value: False, "none for continuous levels, which take no step")
-        if levels in ("mapping", "continuous"):
-            self._require("level_distribution", lambda value: value == "lognormal", "lognormal where there is no grid")
-
-    def _check_numbers(self) -> None:
-        positive = (
-            "max_train_steps batch_size gradient_accumulation_steps learning_rate conversion_learning_rate sigma_min "
-            "sigma_max huber_c resolution p_std ema_half_life ema_rampup logging_steps num_samples checkpoint_limit "
-            "s0 max_bad_steps distributed_timeout stages truncation first_stage_steps"
-        )
-        for name in positive.split():
-            self._require(name, lambda value: value > 0, "positive")
-        not_negative = (
-            "conversion_steps lr_warmup_steps num_workers checkpoint_steps sample_steps weight_decay eval_steps "
-            "tangent_warmup_steps adversarial_weight"
-        )
-        for name in not_negative.split():
-            self._require(name, lambda value: value >= 0, "at least 0")
-        self._require("num_levels", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
-        self._require("mapping_base", lambda value: value > 1, "above 1")
-        self._require("s1", lambda value: value >= (self.s0 or 1), "at least `s0`")
-        self._require("real_data", lambda value: 0 <= value <= 1, "in [0, 1]")
-        self._require("label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
-        self._require("mu", lambda value: 0 <= value < 1, "in [0, 1)")
-        self._require("max_grad_norm", lambda value: value > 0, "positive")
-        self._require("adam_betas", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two in [0, 1)")
-        self._require("sample_nfes", lambda nfes: all(n >= 1 for n in nfes), "positive")
-        for name in ("eval_num_images", "eval_num_reference"):
-            self._require(name, lambda value: value >= 2, "at least 2")
-        self._require("eval_nfes", lambda nfes: nfes and all(n >= 1 for n in nfes), "positive, and one at least")
-        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
-            raise ValueError(f"Need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}.")
-
-    def _require(self, name: str, condition: Any, meaning: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not condition(value):
-            raise ValueError(f"`{name}` must be {meaning}, got {value}.")
+    def _choices_from_text(self) -> dict[str, Any]:
+        """What a method chooses where images are latents, and made from text."""
+        chosen: dict[str, Any] = {}
+        if METHODS[self.method].get("distance") == "lpips":  # which sees pictures
+            chosen |= {"distance": "pseudo_huber", "weighting": "inverse_gap"}
+        if METHODS[self.method]["source"] != "teacher" and self.source != "teacher":
+            return chosen
+        told = self.method == "lcm" and not self.lora_rank and self.guidance_scale is None
+        if told or self.w_min is not None or self.w_max is not None:
+            return {**chosen, "w_min": 5.0, "w_max": 15.0}
+        return {**chosen, "guidance_scale": 8.5}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConsistencyConfig:
@@ -318,79 +268,7 @@ class ConsistencyConfig:
         return {**dataclasses.asdict(self), "hub_token": None}
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML config file.
-
-    Raises:
-        `ValueError`: if the file is missing, is not YAML or holds something other than keys and values.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"Cannot read the config file {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"The config file {path} must hold `key: value` lines, got {type(values).__name__}.")
-    return values
-
-
-def unknown_key(key: str, names: list[str]) -> str:
-    """What to say of a key that does not exist."""
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"Unknown option {key!r}." + (f" Did you mean {near[0]!r}?" if near else f" Options: {', '.join(names)}.")
-
-
-def coerce(name: str, value: Any) -> Any:
-    """`value` as the type of the config's field `name` (YAML reads `1e-4` as text, and integers where floats go).
-
-    Raises:
-        `ValueError`: if it is not of that type, or not one of the choices.
-    """
-    hint = field_types()[name]
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_optional(hint) else [hint]
-    if value is None:
-        if _is_optional(hint):
-            return None
-        raise ValueError(f"`{name}` must not be empty.")
-    kind = kinds[0]
-    if get_origin(kind) is Literal:
-        if value is False and "no" in get_args(kind):  # YAML's `no`
-            value = "no"
-        if value not in get_args(kind):
-            raise ValueError(f"`{name}` must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
-        return value
-    try:
-        return _convert(kind, value)
-    except (TypeError, ValueError) as error:
-        expected = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"`{name}` must be of type {expected}, got {value!r}.") from error
-
-
 @functools.cache
 def field_types() -> dict[str, Any]:
     """Of all fields: they are read from text, which takes its time."""
     return get_type_hints(ConsistencyConfig)
-
-
-def _is_optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is list:
-        return [_convert(get_args(kind)[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
-    if get_origin(kind) is dict:
-        return {str(key): _convert(get_args(kind)[1], item) for key, item in dict(value).items()}
-    if kind is bool:
-        words = {"true": True, "yes": True, "false": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise ValueError(value)
-    if isinstance(value, bool) or isinstance(value, list | dict):
-        raise TypeError(value)
-    if kind is int and float(value) != int(float(value)):
-        raise ValueError(value)
-    return int(float(value)) if kind is int else kind(value)

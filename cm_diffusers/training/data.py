@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
+import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from cm_diffusers.training.images import IMAGE_COLUMNS, BadImage, ImageSpec, ImageTransform, check_label
+from cm_diffusers.training.columns import all_captions, check_columns, has_columns, select_columns
+from cm_diffusers.training.images import BadImage, ImageSpec, ImageTransform
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +93,28 @@ def prepare_dataset(
     label_column: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     num_classes: int | None = None,
-) -> Dataset[dict[str, Tensor]]:
-    """A torch dataset of `{"images": (channels, height, width), "class_labels": ()}`, checked on its first item.
+    caption_column: str | None = None,
+    captioned: bool = False,
+) -> Dataset[dict[str, Any]]:
+    """A torch dataset of the items that [`~cm_diffusers.training.images.ImageTransform`] makes, checked on its first.
 
     Args:
         dataset: a dataset of `datasets` (streaming or not), a tensor of shape `(n, channels, height, width)` in the
-            network's range, or a torch dataset of such images or PIL images, of `(image, label)` or of dicts.
+            network's range, or a torch dataset of such images or PIL images, of dicts, of `(image, label)` or, where
+            captions are needed, of `(image, caption)`.
         spec ([`ImageSpec`]): what the network takes.
         image_column (`str`, *optional*): found by itself when there is one candidate.
         label_column (`str`, *optional*): class labels, whole numbers. Columns need it; torch datasets show theirs.
         on_bad_image (`str`): what an image does that cannot be read or is not finite. `"error"` stops, naming it;
             `"skip"` warns, once, and takes the next good one in its place (in a stream, leaves it out).
         num_classes (`int`, *optional*): of a class-conditional network, which needs a label below it for every image.
+        caption_column (`str`, *optional*): found by itself when there is one candidate and captions are needed.
+        captioned (`bool`): the network needs a caption for every image; so it does if `caption_column` is given.
 
     Raises:
         `TypeError`: if `dataset` is none of these.
-        `ValueError`: if it is empty, a column is missing, a label of a column is out of range, or its first image or
-            label does not fit.
+        `ValueError`: if it is empty, a column is missing, a label of a column is out of range, a caption of a column
+            is missing or no text, or its first item does not fit.
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
@@ -119,70 +125,21 @@ def prepare_dataset(
         if len(bad) and on_bad_image == "error":
             raise ValueError(f"The image of row {int(bad[0])} holds values that are not finite.")
         dataset = TensorDataset(dataset)
-    is_column_data = _has_columns(dataset)
+    is_column_data = has_columns(dataset)
     streamed = isinstance(dataset, IterableDataset) or (is_column_data and not hasattr(dataset, "__len__"))
     if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(f"`dataset` must be a dataset or a tensor of images, got {type(dataset).__name__}.")
     if not streamed and len(dataset) == 0:
         raise ValueError("The dataset is empty.")
+    transform = ImageTransform(spec, image_column, label_column, num_classes, caption_column, captioned)
     if is_column_data:
-        dataset, image_column, label_column = _select_columns(dataset, image_column, label_column, num_classes)
-        if not streamed and label_column is not None and num_classes is not None:
-            _check_label_column(dataset, label_column, num_classes)
-    transform = ImageTransform(spec, image_column, label_column, num_classes)
+        dataset, transform = select_columns(dataset, transform)
+        if not streamed:
+            check_columns(dataset, transform)
     make: Any = StreamedImages if streamed else MappedImages
-    prepared: Dataset[dict[str, Tensor]] = make(dataset, transform, skip_bad=on_bad_image == "skip")
+    prepared: Dataset[dict[str, Any]] = make(dataset, transform, skip_bad=on_bad_image == "skip")
     prepared.check_first()  # type: ignore[attr-defined]
     return prepared
-
-
-def _has_columns(dataset: Any) -> bool:
-    """Whether this is a dataset of `datasets`. One with a transform of the user's gives what that makes instead."""
-    transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
-    return hasattr(dataset, "column_names") and not transformed
-
-
-def _select_columns(
-    dataset: Any, image_column: str | None, label_column: str | None, num_classes: int | None
-) -> tuple[Any, str, str | None]:
-    """Find the columns, and leave the decoding of images to us, so that a corrupt one can be named."""
-    import datasets
-
-    features = dataset.features or {}
-    names = list(dataset.column_names or features or next(iter(dataset), {}))
-    if not names:
-        raise ValueError("The dataset is empty.")
-    if image_column is None:
-        image_column = _find_image_column(names, features)
-    for role, column in (("image", image_column), ("label", label_column)):
-        if column is not None and column not in names:
-            near = difflib.get_close_matches(column, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"The dataset has no {role} column {column!r}; it has {', '.join(names)}.{hint}")
-    if num_classes is not None and label_column is None:
-        raise ValueError(f"The network is class-conditional: set `label_column` to one of {', '.join(names)}.")
-    dataset = dataset.with_format(None)
-    if isinstance(features.get(image_column), datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    columns = [image_column] + ([label_column] if label_column is not None else [])
-    return dataset.select_columns(columns), image_column, label_column
-
-
-def _find_image_column(names: Sequence[str], features: Any) -> str:
-    import datasets
-
-    images = [name for name in names if isinstance(features.get(name), datasets.Image)]
-    candidates = images or [name for name in names if name in IMAGE_COLUMNS]
-    if len(candidates) != 1:
-        found = "none" if not candidates else ", ".join(candidates)
-        raise ValueError(f"Set `image_column`: of the columns {', '.join(names)}, these hold images: {found}.")
-    return candidates[0]
-
-
-def _check_label_column(dataset: Any, column: str, num_classes: int) -> None:
-    """Labels are cheap to read: one that is out of range is found now, not hours into training."""
-    for row, label in enumerate(dataset.select_columns([column])[:][column]):
-        check_label(label, num_classes, f"row {row}, column {column!r}")
 
 
 # Datasets --------------------------------------------------------------------------------------------------------
@@ -195,7 +152,12 @@ class _Images:
         self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
         self._bad: set[int] = set()
 
-    def _read_or_skip(self, index: int, raw: Any, name: str) -> dict[str, Tensor] | None:
+    @property
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """The large tensors of an item, with their shapes."""
+        return {"images": self.transform.spec.shape}
+
+    def _read_or_skip(self, index: int, raw: Any, name: str) -> dict[str, Any] | None:
         try:
             return self.transform.read(raw, name)
         except BadImage as error:
@@ -207,21 +169,21 @@ class _Images:
             return None
 
 
-class MappedImages(_Images, Dataset[dict[str, Tensor]]):
+class MappedImages(_Images, Dataset[dict[str, Any]]):
     """A dataset with a length. A bad image is replaced by the next good one when it may be skipped."""
 
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         super().__init__(dataset, transform, skip_bad)
-        is_table = _has_columns(dataset)
+        is_table = has_columns(dataset)
         self._changes = not is_table and not isinstance(dataset, TensorDataset)
         fits = len(dataset) * math.prod(transform.spec.shape) * 4 <= CACHE_BYTES and transform.spec.center_crop
         # Only columns are known to give the same image every time, and to need decoding.
-        self._cache: dict[int, dict[str, Tensor]] | None = {} if fits and is_table else None
+        self._cache: dict[int, dict[str, Any]] | None = {} if fits and is_table else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         """Row `index`, cropped and flipped by torch's global generator; or, for `(row, seed)`, by a generator of that
         seed, which the item then carries."""
         row, seed = index if isinstance(index, tuple) else (index, None)
@@ -238,23 +200,24 @@ class MappedImages(_Images, Dataset[dict[str, Tensor]]):
         self._next_good(0)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this dataset from another: its length, and a digest of some of its images.
+        """What tells this dataset from another: its length, and a digest of some of its images and of all captions.
 
         A torch dataset may give other images each time: it has no digest.
         """
         if self._changes:
             return {"rows": len(self)}
         rows = sorted({(len(self) - 1) * part // 15 for part in range(16)})
-        return {"rows": len(self), "digest": _digest(self._next_good(row) for row in rows)}
+        captions = all_captions(self.dataset, self.transform.caption_column)
+        return {"rows": len(self), "digest": _digest((self._next_good(row) for row in rows), captions)}
 
-    def _next_good(self, index: int) -> dict[str, Tensor]:
+    def _next_good(self, index: int) -> dict[str, Any]:
         tries = min(len(self), MOST_BAD_IN_A_ROW)
         for row in range(index, index + tries):
             if (item := self._read(row % len(self))) is not None:
                 return item
         raise ValueError(f"None of the {tries} images from row {index} on can be read.")
 
-    def _read(self, row: int) -> dict[str, Tensor] | None:
+    def _read(self, row: int) -> dict[str, Any] | None:
         if self._cache is not None and row in self._cache:
             return self._cache[row]
         item = None if row in self._bad else self._read_or_skip(row, self.dataset[row], f"row {row}")
@@ -263,14 +226,14 @@ class MappedImages(_Images, Dataset[dict[str, Tensor]]):
         return item
 
 
-class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
+class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
     """A dataset that comes one by one. Bad images are left out when they may be skipped."""
 
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         super().__init__(dataset, transform, skip_bad)
         self._held: list[Any] = []
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """The images in the order they come, cropped and flipped alike every time."""
         for index, item in self._good(self._raw()):
             yield self.transform.augment(item, torch.Generator().manual_seed(index))
@@ -284,7 +247,7 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
 
     def part(
         self, epoch: int, seed: int, buffer_size: int, rank: int, world_size: int, start: int
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """One process's images of a pass, with their index, from the index `start` on.
 
         A dataset of `datasets` is shuffled and gives whole shards to the processes where their number allows. Another
@@ -316,14 +279,16 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
             self._held = taken
 
     def identity(self) -> dict[str, Any]:
-        """What tells this dataset from another: its shards, and a digest of its first image if it can be reread."""
+        """What tells this dataset from another: its shards, and a digest of its first item if it can be reread."""
         shards = self.shards_of_a_rank(1)
         if self._held:
             return {"shards": shards}
         first = next(self._good(iter(self.dataset)), None)
-        return {"shards": shards, "digest": _digest([] if first is None else [first[1]])}
+        items = [] if first is None else [first[1]]
+        captions = [item["captions"] for item in items if "captions" in item]
+        return {"shards": shards, "digest": _digest(items, captions)}
 
-    def _good(self, stream: Iterable[Any], start: int = 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _good(self, stream: Iterable[Any], start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         in_a_row = 0
         for index, raw in enumerate(stream):
             if index < start:
@@ -336,8 +301,10 @@ class StreamedImages(_Images, IterableDataset[dict[str, Tensor]]):
                 yield index, item
 
 
-def _digest(items: Iterable[dict[str, Tensor]]) -> str:
+def _digest(items: Iterable[dict[str, Any]], captions: Iterable[tuple[str, ...]]) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(item["images"].contiguous().numpy().tobytes())
+    for several in captions:
+        digest.update(json.dumps(several).encode())
     return digest.hexdigest()

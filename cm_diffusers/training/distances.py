@@ -36,6 +36,17 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float | None = None) -> Tensor:
     return squared / (torch.sqrt(squared + c**2) + c)
 
 
+def huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """The mean over all values of `sqrt((x - y)^2 + c^2) - c` (Luo et al. 2023).
+
+    Args:
+        x, y (`Tensor` of shape `(batch, ...)`): images.
+        c (`float`): where it turns from squared to linear.
+    """
+    squared = (x - y).square()
+    return (squared / (torch.sqrt(squared + c**2) + c)).flatten(1).mean(1)
+
+
 def default_huber_c(num_values: int) -> float:
     """c for samples of `num_values` values (Song & Dhariwal 2023, section 3.3)."""
     return 0.00054 * math.sqrt(num_values)
@@ -82,4 +93,6 @@ def build_distance(
         return LPIPS(value_range).to(device)
     if name == "pseudo_huber":
         return lambda x, y: pseudo_huber(x, y, huber_c)
+    if name == "huber":
+        return lambda x, y: huber(x, y, huber_c or 1e-3)
     return {"l1": l1, "l2": l2}[name]

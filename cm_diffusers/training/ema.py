@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from cm_diffusers.training.lora import sharing_frozen, trained
 from cm_diffusers.training.sharding import own_part, whole_tensor
 
 
@@ -21,13 +21,19 @@ class EMA:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = copy.deepcopy(network).float().requires_grad_(False).eval()
+        # What is frozen in the network stays common to both.
+        self.network = sharing_frozen(network).eval()
+        for weight in trained(self.network):
+            weight.data = weight.data.float()
+            weight.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, network: nn.Module, decay: float) -> None:
         """`ema <- decay * ema + (1 - decay) * network`, each part where it is. Buffers are copied."""
-        own, other = ([own_part(weight).detach() for weight in n.parameters()] for n in (self.network, network))
-        torch._foreach_lerp_(own, [weight.float() for weight in other], 1 - decay)
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        followed = [[own_part(weight).detach() for weight in pair] for pair in pairs if pair[0] is not pair[1]]
+        own, other = [pair[0] for pair in followed], [pair[1].float() for pair in followed]
+        torch._foreach_lerp_(own, other, 1 - decay)
         for buffer, source in zip(self.network.buffers(), network.buffers(), strict=True):
             buffer.copy_(source)
 

@@ -20,7 +20,8 @@ class Footprint:
 
     Args:
         student, teacher, averages (`int`): weights and buffers of the student, the teacher, and of target and
-            evaluation average together.
+            evaluation average together. What a student of adapters shares with its teacher counts once, there.
+        encoders (`int`): of text and of pictures, where there are any.
         gradients (`int`): of the student.
         optimizer (`int`): its moments.
         activations (`int`): what one micro-step keeps for its backward pass.
@@ -29,6 +30,7 @@ class Footprint:
     student: int
     teacher: int
     averages: int
+    encoders: int
     gradients: int
     optimizer: int
     activations: int
@@ -94,13 +96,15 @@ def _identity(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def bytes_of(*networks: nn.Module | None) -> int:
-    """Weights and buffers, of which this process holds a part if they are sharded."""
+def bytes_of(*networks: nn.Module | None, beside: nn.Module | None = None) -> int:
+    """Weights and buffers, of which this process holds a part if they are sharded; none that is `beside`'s, too."""
+    counted = {id(weight) for weight in beside.parameters()} if beside is not None else set()
     return sum(
         own_part(tensor).nbytes
         for network in networks
         if network is not None
         for tensor in [*network.parameters(), *network.buffers()]
+        if id(tensor) not in counted
     )
 
 

@@ -137,7 +137,7 @@ class Watch:
         return bool(asked)
 
     def _dump(self, record: StepRecord) -> Path:
-        """The images, labels and seeds of a bad step, from which it can be taken again, and its numbers."""
+        """The images, labels, captions and seeds of a bad step, from which it can be taken again, and its numbers."""
         if self.in_a_row > 3 or self._dumped >= MOST_DUMPS:
             return self.folder  # more of the same
         self._dumped += 1
@@ -150,18 +150,22 @@ class Watch:
 
     def _write_dump(self, place: Path, record: StepRecord) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        batches = [
+            {name: value for name, value in batch.items() if isinstance(value, Tensor)} for batch in record.inputs
+        ]
         tensors = {
             f"{name}.{index}": value.detach().cpu().contiguous()
-            for index, batch in enumerate(record.inputs)
+            for index, batch in enumerate(batches)
             for name, value in batch.items()
         }
         save_file(tensors, place.with_suffix(".safetensors"))
-        finite = [bool(batch["images"].isfinite().all()) for batch in record.inputs]
+        finite = [all(bool(value.isfinite().all()) for value in batch.values()) for batch in batches]
         report = {
             "step": record.step,
             "losses": [str(loss) for loss in record.losses.tolist()],
             "gradient_norm": str(float(record.norm)),
             "images_are_finite": finite,
+            "captions": [batch["captions"] for batch in record.inputs if "captions" in batch],
             **record.values,
         }
         place.with_suffix(".json").write_text(json.dumps(report, indent=2))

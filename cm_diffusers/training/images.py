@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_diffusers.training.captions import find_caption_column, read_captions
+
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("images", "image", "img", "jpg", "jpeg", "png", "webp")
@@ -75,68 +77,117 @@ def check_label(label: Any, num_classes: int | None, name: str) -> int:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Turns an item of any dataset into `{"images": (channels, height, width), "class_labels": ()}`."""
+    """Turns an item of any dataset into `{"images": (channels, height, width), "class_labels": ()}`.
+
+    With captions, `captions` (`str`) and `sizes` (4,) come beside them. Sizes are what SDXL is conditioned on, in
+    pixels: height and width of the picture as it was, and how far from the top and the left of the resized picture it
+    is cropped. The left of a mirrored picture is what was its right.
+
+    Args:
+        spec ([`ImageSpec`]): what the network takes.
+        image_column, label_column, caption_column (`str`, *optional*): where an item with names has them.
+        num_classes (`int`, *optional*): of a class-conditional network, which needs a label for every image.
+        captioned (`bool`): the network needs a caption for every image. A `caption_column` says so, too.
+    """
 
     spec: ImageSpec
     image_column: str | None = None
     label_column: str | None = None
     num_classes: int | None = None
+    caption_column: str | None = None
+    captioned: bool = False
 
-    def __call__(self, example: Any, rng: torch.Generator | None = None, name: str = "the item") -> dict[str, Tensor]:
+    def __call__(self, example: Any, rng: torch.Generator | None = None, name: str = "the item") -> dict[str, Any]:
         """The item called `name`, cropped and flipped by `rng`, or by torch's global generator."""
         return self.augment(self.read(example, name), rng)
 
-    def read(self, example: Any, name: str) -> dict[str, Tensor]:
-        """The item before random crops and flips.
+    @property
+    def needs_captions(self) -> bool:
+        return self.captioned or self.caption_column is not None
+
+    def read(self, example: Any, name: str) -> dict[str, Any]:
+        """The item before what is random about it: crop, flip, and which of its captions is taken.
+
+        Its `captions` are all that it has, and its `sizes` the picture's height and width before and after resizing.
 
         Raises:
             `BadImage`: if its image cannot be read or is not finite.
-            `ValueError`: if its image or label does not fit the network.
+            `ValueError`: if its image, label or caption does not fit the network.
         """
-        image, label = self._split(example, name)
-        result = {"images": self._image(image, f"{name}, column {self.image_column!r}" if self.image_column else name)}
+        image, label, caption = self._split(example, name)
+        tensor, sizes = self._image(image, _with_column(name, self.image_column))
+        result: dict[str, Any] = {"images": tensor}
         needed = self.num_classes is not None or self.label_column is not None
         if needed and label is None:
             raise ValueError(f"Every image must come with its class, but {name} has no label.")
         # What an unconditional network's dataset holds beside the image may be anything, and is then left out.
         if needed or isinstance(label, int | np.integer) or _is_whole_tensor(label):
             result["class_labels"] = torch.tensor(check_label(label, self.num_classes, name))
+        if self.needs_captions:
+            result["captions"] = read_captions(caption, _with_column(name, self.caption_column))
+            result["sizes"] = sizes
         return result
 
-    def augment(self, item: dict[str, Tensor], rng: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Random crop and flip."""
+    def augment(self, item: dict[str, Any], rng: torch.Generator | None = None) -> dict[str, Any]:
+        """Random crop and flip, and one of the captions."""
         image, spec = item["images"], self.spec
         height, width = image.shape[-2:]
+        top = left = 0
         if (height, width) != (spec.height, spec.width):
             top = int(torch.randint(height - spec.height + 1, (), generator=rng))
             left = int(torch.randint(width - spec.width + 1, (), generator=rng))
             image = image[:, top : top + spec.height, left : left + spec.width]
-        if spec.random_flip and torch.rand((), generator=rng) < 0.5:
+        mirrored = spec.random_flip and bool(torch.rand((), generator=rng) < 0.5)
+        if mirrored:
             image = image.flip(-1)
-        return item | {"images": image.contiguous()}
+        result = item | {"images": image.contiguous()}
+        if self.needs_captions:
+            original_height, original_width, resized_height, resized_width = item["sizes"]
+            if spec.center_crop:  # done when it was read
+                top, left = centre_crop(resized_height, resized_width, spec)
+            if mirrored:
+                left = resized_width - spec.width - left
+            captions = item["captions"]
+            chosen = int(torch.randint(len(captions), (), generator=rng)) if len(captions) > 1 else 0
+            sizes = torch.tensor([original_height, original_width, top, left])
+            result |= {"captions": captions[chosen], "sizes": sizes}
+        return result
 
-    def _split(self, example: Any, name: str) -> tuple[Any, Any]:
+    def _split(self, example: Any, name: str) -> tuple[Any, Any, Any]:
+        """The image, the label and the caption, of which the last two may be `None`."""
         if isinstance(example, Mapping):
             image_column = self.image_column or next((c for c in IMAGE_COLUMNS if c in example), None)
             label_column = self.label_column or next((c for c in LABEL_COLUMNS if c in example), None)
             if image_column is None or image_column not in example:
                 allowed = self.image_column or "one of " + ", ".join(IMAGE_COLUMNS)
                 raise ValueError(f"Items must hold {allowed}, but {name} holds {', '.join(map(str, example))}.")
-            return example[image_column], example.get(label_column)
+            caption_column = self.caption_column
+            if self.captioned and caption_column is None:
+                caption_column = find_caption_column(example, name)
+            return example[image_column], example.get(label_column), example.get(caption_column)
         if isinstance(example, tuple | list):
-            return example[0], example[1] if len(example) > 1 else None
-        return example, None
+            beside = example[1] if len(example) > 1 else None
+            return (example[0], None, beside) if self.needs_captions else (example[0], beside, None)
+        return example, None, None
 
-    def _image(self, image: Any, name: str) -> Tensor:
+    def _image(self, image: Any, name: str) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The image, and its height and width before and after resizing."""
         if not isinstance(image, Tensor):
-            return picture_to_tensor(_open(image, name), self.spec, name)
+            picture = _open(image, name)
+            sizes = picture.height, picture.width, *covering_size(picture.height, picture.width, self.spec)
+            return picture_to_tensor(picture, self.spec, name), sizes
         if tuple(image.shape) != self.spec.shape:
             raise ValueError(f"The image of {name} has the shape {tuple(image.shape)}; expected {self.spec.shape}.")
         if not image.is_floating_point():
             raise ValueError(f"The image of {name} is of {image.dtype}; expected floats in {self.spec.value_range}.")
         if not torch.isfinite(image).all():
             raise BadImage(f"The image of {name} holds values that are not finite.")
-        return image.float()
+        size = self.spec.height, self.spec.width
+        return image.float(), (*size, *size)
+
+
+def _with_column(name: str, column: str | None) -> str:
+    return name if column is None else f"{name}, column {column!r}"
 
 
 def _is_whole_tensor(label: Any) -> bool:
@@ -190,6 +241,17 @@ def _to_eight_bits(picture: Any) -> Any:
     return picture
 
 
+def covering_size(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+    """Height and width of a picture resized until it just covers the network's images, its proportions kept."""
+    scale = max(spec.width / width, spec.height / height)
+    return max(spec.height, round(height * scale)), max(spec.width, round(width * scale))
+
+
+def centre_crop(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+    """How far from the top and the left the middle of a picture of this size begins."""
+    return (height - spec.height) // 2, (width - spec.width) // 2
+
+
 def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") -> Tensor:
     """A PIL image in the network's colours and value range, just large enough to cover its size, cropped if centred.
 
@@ -208,14 +270,13 @@ def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") 
     if spec.channels != 4 and (picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     picture = picture.convert(PIL_MODES[spec.channels])
-    scale = max(spec.width / picture.width, spec.height / picture.height)
-    if scale > 1:
+    if picture.width < spec.width or picture.height < spec.height:
         _warn_of_enlarging(spec.height, spec.width)
-    size = max(spec.width, round(picture.width * scale)), max(spec.height, round(picture.height * scale))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    height, width = covering_size(picture.height, picture.width, spec)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     if spec.center_crop:
-        left, top = (picture.width - spec.width) // 2, (picture.height - spec.height) // 2
+        top, left = centre_crop(height, width, spec)
         picture = picture.crop((left, top, left + spec.width, top + spec.height))
     low, high = spec.value_range
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(picture.height, picture.width, -1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from cm_diffusers.training.data import StreamedImages
@@ -56,7 +55,7 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
         return int(self._orders[epoch][index]), mixed(SAMPLE, self.seed, position)
 
 
-class EndlessStream(IterableDataset[dict[str, Tensor]]):
+class EndlessStream(IterableDataset[dict[str, Any]]):
     """One process's part of a stream, pass after pass, each in another order; every worker has its own part.
 
     Items carry their seed, and as `place` the pass and how many items of it their worker has read.
@@ -76,7 +75,7 @@ class EndlessStream(IterableDataset[dict[str, Tensor]]):
         self.images, self.seed, self.buffer_size = images, seed, buffer_size
         self.rank, self.world_size, self.places = rank, world_size, places
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         epoch, start = self.places[worker]
@@ -94,7 +93,7 @@ class EndlessStream(IterableDataset[dict[str, Tensor]]):
 
 
 class Batches:
-    """The batches of one process: `images`, `seed` and, if there are any, `class_labels`, on the CPU.
+    """The batches of one process, on the CPU: `seed`, and what the dataset's items hold, captions as a list.
 
     Args:
         dataset: a prepared dataset, with rows or streamed.
@@ -137,7 +136,7 @@ class Batches:
         if self.is_stream:
             self._places, self._round = ([list(place) for place in state["places"]] for _ in range(2))
 
-    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
         # Of a stream, the batches since the workers' places were noted come again, and are passed over.
         first = self._done - (self._done % self._parts if self.is_stream else 0)
         for index, batch in enumerate(self._loader(), first):
@@ -151,7 +150,7 @@ class Batches:
                 self._round = [list(place) for place in self._places]
             yield batch
 
-    def _loader(self) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self) -> DataLoader[dict[str, Any]]:
         common: dict[str, Any] = {
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
@@ -183,11 +182,11 @@ def _end_when_told_by(run: int) -> None:
     os._exit(0)
 
 
-def first_images(dataset: Any, count: int) -> dict[str, Tensor]:
-    """Up to `count` images, the first, as one batch: cropped and flipped alike every time."""
+def first_images(dataset: Any, count: int) -> dict[str, Any]:
+    """Up to `count` items, the first, as one batch with seeds: cropped and flipped alike every time."""
     if isinstance(dataset, StreamedImages):
-        items = list(itertools.islice(dataset, count))
+        items = [{**item, "seed": torch.tensor(i)} for i, item in enumerate(itertools.islice(dataset, count))]
     else:
         items = [dataset[row, row] for row in range(min(count, len(dataset)))]
-    batch: dict[str, Tensor] = default_collate(items)
+    batch: dict[str, Any] = default_collate(items)
     return batch

@@ -45,11 +45,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "meanflow": {
         **_CONTINUOUS, "source": "data", "flow_map": True, "weighting": "uniform",
     },
+    # Luo et al. 2023
+    "lcm": {
+        "levels": "skipping", "skip_interval": 20, "level_distribution": "uniform",
+        "source": "teacher", "solver": "euler", "target": "ema", "mu": 0.95, "mu_schedule": "fixed",
+        "distance": "huber", "huber_c": 0.001, "weighting": "uniform", "boundary": "lcm", "conversion_steps": 0,
+    },
 }  # fmt: skip
 
 
 # What each kind of levels cannot do without.
 NEEDED_BY_LEVELS: dict[str, tuple[str, ...]] = {
     "fixed": ("num_levels",), "progressive": ("s0", "s1"), "doubling": ("s0", "s1"),
-    "mapping": ("stages", "mapping_base"), "continuous": (),
+    "mapping": ("stages", "mapping_base"), "continuous": (), "skipping": ("skip_interval",),
 }  # fmt: skip

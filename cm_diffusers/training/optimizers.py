@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.lora import trained
 
 EPS = 1e-8
 # Beside it a second moment is nothing, so that Adam's step becomes one along its momentum.
@@ -20,7 +21,7 @@ def make_optimizer(config: ConsistencyConfig, network: nn.Module) -> torch.optim
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     betas = (config.adam_betas[0], config.adam_betas[1])
     return kind(
-        network.parameters(),
+        trained(network),
         betas=betas,
         eps=EPS,
         weight_decay=config.weight_decay,

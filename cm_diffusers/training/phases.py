@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cm_diffusers.noise_levels import Levels
-from cm_diffusers.preconditioning import Denoiser, GuidedDenoiser
+from cm_diffusers.guidance import GuidedDenoiser, without_class
+from cm_diffusers.noise_levels import DiscreteLevels, Levels
+from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.solvers import SOLVERS, Denoise
 from cm_diffusers.training.config import ConsistencyConfig
@@ -114,8 +115,14 @@ def make_phases(
         assert config.conversion_learning_rate is not None
         now = scheduler.config
         own = Denoiser(networks.student, scheduler.preconditioning)
+        # A guided teacher is guided now, too: what it is distilled from is what the student begins with.
         conversion = ConversionObjective(
-            own, teacher.denoiser, now.sigma_min, now.sigma_max, now.rho, flow_map=now.flow_map
+            own,
+            _teacher_denoiser(config, teacher) or teacher.denoiser,
+            now.sigma_min,
+            now.sigma_max,
+            now.rho,
+            flow_map=now.flow_map,
         )
         add(CONVERSION, conversion, steps, Rate(config.conversion_learning_rate, steps, "cosine", steps // 20))
 
@@ -144,6 +151,9 @@ def make_phases(
 def stages(config: ConsistencyConfig, scheduler: ConsistencyScheduler) -> list[tuple[Levels, int]]:
     """The levels of a method's stages, and their steps."""
     total, first = config.max_train_steps, first_stage_steps(config)
+    if config.levels == "skipping":
+        ends_with_sigma_min = [scheduler.config.sigma_min, *scheduler.grid[::-1]]
+        return [(DiscreteLevels(torch.tensor(ends_with_sigma_min, dtype=torch.float32)), total)]
     now = (scheduler.config.sigma_min, scheduler.config.sigma_max, scheduler.config.rho)
     found = [(make_levels(config, first, *now), first)]
     if first < total:
@@ -212,7 +222,8 @@ def _teacher_denoiser(config: ConsistencyConfig, teacher: Teacher | None) -> Den
         raise ValueError("`source='teacher'` needs a `teacher`.")
     if config.guidance_scale == 1:
         return teacher.denoiser
-    return GuidedDenoiser(teacher.denoiser, config.guidance_scale, config.null_class_label or 0)
+    without = without_class(config.null_class_label or 0) if teacher.text is None else teacher.text.without_text
+    return GuidedDenoiser(teacher.denoiser, config.guidance_scale or 1.0, without)
 
 
 def conversion_steps(config: ConsistencyConfig, teacher: Teacher | None, scheduler: ConsistencyScheduler) -> int:

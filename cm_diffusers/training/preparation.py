@@ -13,14 +13,23 @@ from diffusers import UNet2DModel
 
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
+from cm_diffusers.preconditioning import VPPreconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.scheduling_consistency import GRID_FAMILIES
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.data import load_image_dataset, prepare_dataset
 from cm_diffusers.training.images import ImageSpec
+from cm_diffusers.training.inputs import CachedInputs, Inputs, PixelInputs, TextInputs
+from cm_diffusers.training.latent_cache import CachedLatents
+from cm_diffusers.training.lora import with_adapters
 from cm_diffusers.training.schedules import default_learning_rate, grid_length
-from cm_diffusers.training.student import add_second_time, make_student
+from cm_diffusers.training.student import add_guidance, add_second_time, make_student
 from cm_diffusers.training.teacher import Teacher
+from cm_diffusers.training.text_cache import check_cache, is_cache, open_cache
+from cm_diffusers.training.text_to_image import TextToImage
+
+# At 1280 channels LCM-LoRA learns with 1e-4, five times the rate for all weights.
+ADAPTERS_LEARN_FASTER = 5
 
 
 def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple[Any, ConsistencyScheduler]:
@@ -33,8 +42,7 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
     overrides = {name: value for name in names if (value := getattr(config, name)) is not None}
     unet: Any
     if teacher is not None:
-        convert, smooth = config.conversion_steps != 0, config.levels == "continuous"
-        unet, scheduler = make_student(teacher.unet, teacher.scheduler, convert, smooth, **overrides)
+        unet, scheduler = _student_of(config, teacher, overrides)
     elif config.unet_config is not None:
         unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
         if config.flow_map:
@@ -44,12 +52,58 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
         scheduler = ConsistencyScheduler(**overrides)
     else:
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
-    return unet, _describe_training(config, scheduler, config.resolution or unet.config.sample_size or 64)
+    if teacher is not None and teacher.text is not None and config.resolution is not None:
+        size: Any = latent_size(config.resolution, teacher.text)
+    else:
+        size = config.resolution or unet.config.sample_size or 64
+    return unet, _describe_training(config, scheduler, size)
+
+
+def _student_of(
+    config: ConsistencyConfig, teacher: Teacher, overrides: dict[str, Any]
+) -> tuple[Any, ConsistencyScheduler]:
+    convert, smooth = config.conversion_steps != 0, config.levels == "continuous"
+    unet: Any = None
+    if config.lora_rank:
+        convert = False
+        unet = with_adapters(teacher.unet, config.lora_rank, config.lora_alpha, config.lora_targets, config.dora)
+    if teacher.text is not None:
+        overrides = {**overrides, "clip_denoised": False}
+    if config.levels == "skipping":
+        overrides = {**overrides, "original_inference_steps": _skips(config, teacher)}
+    unet, scheduler = make_student(teacher.unet, teacher.scheduler, convert, smooth, unet, **overrides)
+    if config.w_min is not None:
+        add_guidance(unet)
+    return unet, scheduler
+
+
+def _skips(config: ConsistencyConfig, teacher: Teacher) -> int:
+    """How many levels there are, where so many timesteps lie between them."""
+    interval, timesteps = config.skip_interval or 1, getattr(teacher.scheduler.config, "num_train_timesteps", 0)
+    if not isinstance(teacher.preconditioning, VPPreconditioning) or timesteps % interval:
+        raise ValueError(
+            f"`skip_interval={interval}` needs a variance-preserving teacher whose timesteps it divides; "
+            f"{type(teacher.scheduler).__name__} has {timesteps}."
+        )
+    return int(timesteps // interval)
+
+
+def latent_size(resolution: int, text: TextToImage) -> int:
+    """The size of latents of pictures of a resolution.
+
+    Raises:
+        `ValueError`: if the resolution is none that the VAE can halve as often as it does.
+    """
+    if resolution % text.shrinks_by:
+        raise ValueError(f"`resolution` must be a multiple of the VAE's {text.shrinks_by}, got {resolution}.")
+    return resolution // text.shrinks_by
 
 
 def _describe_training(config: ConsistencyConfig, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
     """The scheduler with the grid that the student ends its training on, and a second level out of it."""
     now = scheduler.config
+    if config.levels == "skipping":
+        return scheduler  # whose few steps are LCM's
     length, second = grid_length(config), default_second_sigma(height_and_width(size)[0])
     changes: dict[str, Any] = {}
     if config.truncation is not None:
@@ -79,7 +133,7 @@ def with_learning_rates(config: ConsistencyConfig, unet: Any) -> ConsistencyConf
     channels = getattr(unet.config, "block_out_channels", None)
     if channels is None:
         raise ValueError("The network's config has no `block_out_channels`: set both learning rates.")
-    rate = default_learning_rate(max(channels))
+    rate = default_learning_rate(max(channels)) * (ADAPTERS_LEARN_FASTER if config.lora_rank else 1)
     return dataclasses.replace(
         config, learning_rate=config.learning_rate or rate,
         conversion_learning_rate=config.conversion_learning_rate or 3 * rate,
@@ -87,40 +141,102 @@ def with_learning_rates(config: ConsistencyConfig, unet: Any) -> ConsistencyConf
 
 
 def prepare_data(
-    config: ConsistencyConfig, dataset: Any, unet: Any, scheduler: ConsistencyScheduler, accelerator: Accelerator
-) -> Any:
+    config: ConsistencyConfig, dataset: Any, unet: Any, scheduler: ConsistencyScheduler, accelerator: Accelerator,
+    text: TextToImage | None = None,
+) -> Any:  # fmt: skip
     """The dataset given, or the config's, as the network takes it. Called by all processes.
+
+    Args:
+        text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): what makes latents of pictures, and
+            reads their captions.
 
     Raises:
         `TypeError`, `ValueError`: for data that cannot be found or does not fit.
     """
-    if dataset is None:
-        if config.dataset is None:
-            raise ValueError("Training needs a `dataset`.")
-        with accelerator.main_process_first():
-            dataset = load_image_dataset(
-                config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming,
-                data_files=config.data_files,
-            )  # fmt: skip
-    size = config.resolution or unet.config.sample_size
-    if size is None:
+    num_classes = unet.config.num_class_embeds if text is None else None
+    _check_labels(config, num_classes)
+    dataset = load_data(config, accelerator) if dataset is None else dataset
+    spec = _image_spec(config, unet, scheduler, text)
+    if isinstance(dataset, CachedLatents):
+        return check_cache(config, dataset, spec, text)
+    return prepare_dataset(
+        dataset, spec, image_column=config.image_column, label_column=config.label_column,
+        caption_column=config.caption_column, captioned=text is not None, on_bad_image=config.on_bad_image,
+        num_classes=num_classes,
+    )  # fmt: skip
+
+
+def load_data(config: ConsistencyConfig, processes: Any) -> Any:
+    """The dataset that the config names: one of `datasets`, or a cache of latents. Called by all processes.
+
+    Args:
+        processes (`Accelerator` or `PartialState`): that are all of them.
+
+    Raises:
+        `ValueError`: if there is none, it cannot be loaded, or a cache is not whole.
+    """
+    if config.dataset is None:
+        raise ValueError("Training needs a `dataset`.")
+    if is_cache(config.dataset):
+        return open_cache(config.dataset, processes)
+    with processes.main_process_first():
+        return load_image_dataset(
+            config.dataset, name=config.dataset_name, split=config.dataset_split, streaming=config.streaming,
+            data_files=config.data_files,
+        )  # fmt: skip
+
+
+def _image_spec(
+    config: ConsistencyConfig, unet: Any, scheduler: ConsistencyScheduler, text: TextToImage | None
+) -> ImageSpec:
+    """The images of the dataset; the network learns their size."""
+    if config.resolution is not None:
+        size = config.resolution if text is None else latent_size(config.resolution, text)
+        unet.register_to_config(sample_size=size)
+    if text is not None:
+        return picture_spec(config, text)
+    height, width = _sample_size(unet)
+    options = (scheduler.config.image_range, config.center_crop, config.random_flip)
+    return ImageSpec(unet.config.in_channels, height, width, *options)
+
+
+def picture_spec(config: ConsistencyConfig, text: TextToImage) -> ImageSpec:
+    """The pictures of which a run from text to images makes latents.
+
+    Raises:
+        `ValueError`: if the config's resolution does not suit the VAE.
+    """
+    if config.resolution is None:
+        height, width = (length * text.shrinks_by for length in _sample_size(text.pipeline.unet))
+    else:
+        height = width = latent_size(config.resolution, text) * text.shrinks_by
+    return ImageSpec(text.image_channels, height, width, (-1.0, 1.0), config.center_crop, config.random_flip)
+
+
+def _sample_size(unet: Any) -> tuple[int, int]:
+    if unet.config.sample_size is None:
         raise ValueError("The network's config has no `sample_size`: set `resolution`.")
-    height, width = height_and_width(size)
-    unet.register_to_config(sample_size=size)
-    low, high = scheduler.config.image_range
-    spec = ImageSpec(unet.config.in_channels, height, width, (low, high), config.center_crop, config.random_flip)
-    num_classes = unet.config.num_class_embeds
+    return height_and_width(unet.config.sample_size)
+
+
+def _check_labels(config: ConsistencyConfig, num_classes: int | None) -> None:
     for name in ("label_column", "null_class_label"):
         if num_classes is None and getattr(config, name) is not None:
             raise ValueError(f"`{name}` was given, but the network is not class-conditional.")
-    if config.null_class_label is not None and not 0 <= config.null_class_label < num_classes:
+    if config.null_class_label is not None and not 0 <= config.null_class_label < (num_classes or 0):
         raise ValueError(
             f"`null_class_label` must be one of the network's {num_classes} classes, got {config.null_class_label}."
         )
-    return prepare_dataset(
-        dataset, spec, image_column=config.image_column, label_column=config.label_column,
-        on_bad_image=config.on_bad_image, num_classes=num_classes,
-    )  # fmt: skip
+
+
+def make_inputs(config: ConsistencyConfig, teacher: Teacher | None, unet: Any, dataset: Any) -> Inputs:
+    """How a run reads the batches of its prepared dataset."""
+    if teacher is None or teacher.text is None:
+        is_conditional = unet.config.num_class_embeds is not None
+        return PixelInputs(is_conditional, config.label_dropout, config.null_class_label)
+    guidance = None if config.w_min is None or config.w_max is None else (config.w_min + 1, config.w_max + 1)
+    kind = CachedInputs if isinstance(dataset, CachedLatents) else TextInputs
+    return kind(teacher.text, config.caption_dropout, guidance)
 
 
 def identify_scheduler(scheduler: ConsistencyScheduler) -> dict[str, Any]:

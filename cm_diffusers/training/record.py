@@ -31,7 +31,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHOICES = (
     "levels num_levels s0 s1 stages mapping_base level_distribution p_mean p_std source solver target mu mu_schedule "
     "distance weighting guidance_scale truncation first_stage_steps flow_map tangent_warmup_steps real_data "
-    "adversarial_weight"
+    "adversarial_weight w_min w_max skip_interval lora_rank lora_alpha dora"
 ).split()
 OPTIMISATION = (
     "optimizer learning_rate lr_schedule batch_size gradient_accumulation_steps max_grad_norm ema_half_life"

@@ -18,7 +18,7 @@ from accelerate.utils import (
     broadcast_object_list,
     is_deepspeed_available,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cm_diffusers.network_config import height_and_width
@@ -111,12 +111,28 @@ def settle(student: nn.Module, batch_size: int, device: torch.device) -> None:
         return
     config: Any = student.module.config
     images = torch.zeros(batch_size, config.in_channels, *height_and_width(config.sample_size), device=device)
-    labels = None
-    if config.num_class_embeds or config.class_embed_type:
-        labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-    output = student(images, torch.zeros(batch_size, device=device), class_labels=labels, return_dict=False)[0]
+    times = torch.zeros(batch_size, device=device)
+    output = student(images, times, return_dict=False, **_told_nothing(config, times))[0]
     output.float().mean().backward()
     student.zero_grad()
+
+
+def _told_nothing(config: Any, times: Tensor) -> dict[str, Any]:
+    """Conditioning of the right shapes for a batch."""
+    count = len(times)
+    told: dict[str, Any] = {}
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        told["class_labels"] = torch.zeros(count, dtype=torch.long, device=times.device)
+    if config.get("cross_attention_dim"):
+        told["encoder_hidden_states"] = times.new_zeros(count, 1, config.cross_attention_dim)
+    if config.get("time_cond_proj_dim"):
+        told["timestep_cond"] = times.new_zeros(count, config.time_cond_proj_dim)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        told["added_cond_kwargs"] = {
+            "text_embeds": times.new_zeros(count, pooled), "time_ids": times.new_zeros(count, 6),
+        }  # fmt: skip
+    return told
 
 
 def on_main(accelerator: Accelerator, work: Any) -> Any:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cm_diffusers.pipelines.stored import StoredPipeline
+from cm_diffusers.training.lora import save_adapters
+
 PARTIAL = ".student-"
 
 
@@ -29,10 +32,32 @@ def clean(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def save_student(pipeline: Any, folder: Path) -> None:
+    """Save a student: its pipeline, or its adapters alone where it has any, with its scheduler.
+
+    A pipeline of stock diffusers is saved under its `LCMScheduler` where that samples alike.
+    """
+    if isinstance(pipeline, StoredPipeline):
+        pipeline.save_pretrained(folder)
+        return
+    scheduler = pipeline.scheduler
+    stock = scheduler.to_lcm() if scheduler.config.boundary == "lcm" else scheduler
+    if hasattr(pipeline.unet, "peft_config"):
+        save_adapters(pipeline, folder)
+        stock.save_pretrained(folder / "scheduler")
+        return
+    try:
+        pipeline.register_modules(scheduler=stock)
+        pipeline.unet.register_to_config(_name_or_path="")
+        pipeline.save_pretrained(folder)
+    finally:
+        pipeline.register_modules(scheduler=scheduler)
+
+
 def save_into(pipeline: Any, folder: Path) -> None:
-    """Save a pipeline's parts into a folder that may hold other things, too."""
+    """Save a student's parts into a folder that may hold other things, too."""
     with workplace(folder) as place:
-        pipeline.save_pretrained(place)
+        save_student(pipeline, place)
         for part in sorted(place.iterdir()):
             old = folder / part.name
             if old.is_dir():

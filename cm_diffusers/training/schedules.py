@@ -100,7 +100,7 @@ def mu_schedule(config: ConsistencyConfig) -> Callable[[int], float]:
 
 def grid_length(config: ConsistencyConfig) -> int | None:
     """How many levels the grid of a resolved config has in the end; `None` where levels are on no grid."""
-    if config.levels in ("mapping", "continuous"):
+    if config.levels in ("mapping", "continuous", "skipping"):
         return None
     return num_levels_schedule(config)(config.max_train_steps)
 

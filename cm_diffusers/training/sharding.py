@@ -32,6 +32,8 @@ def prepare_sharding(accelerator: Accelerator, config: ConsistencyConfig) -> Non
         zero.configure(accelerator, config)
     if config.channels_last and (is_sharded(accelerator) or uses_zero(accelerator)):
         raise ValueError("`channels_last` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
+    if config.lora_rank and (is_sharded(accelerator) or uses_zero(accelerator)):
+        raise ValueError("`lora_rank` does not go with FSDP and DeepSpeed: there is little left to share out.")
 
 
 def _shard_on_cpu() -> None:

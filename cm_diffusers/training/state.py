@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from cm_diffusers.training import zero
+from cm_diffusers.training.lora import is_adapter
 
 OPTIMIZER = "optimizer"
 
@@ -32,7 +33,12 @@ def _options(**more: Any) -> StateDictOptions:
 
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network, sharded or not, on the CPU. Called by all processes, filled on the main one."""
+    """The weights of a network, sharded or not, on the CPU; of one with adapters, theirs alone.
+
+    Called by all processes, filled on the main one.
+    """
+    if hasattr(network, "peft_config"):
+        return {name: value.detach().cpu() for name, value in network.state_dict().items() if is_adapter(name)}
     if not any(map(zero.is_partitioned, network.parameters())):
         weights: dict[str, Any] = get_model_state_dict(network, options=_options())
         return weights
@@ -63,7 +69,9 @@ def write(folder: Path, networks: dict[str, dict[str, Tensor]], optimizers: dict
 def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: bool) -> None:
     """Give a network its weights back. Only the main process reads the file."""
     tensors = load_file(file) if is_main or not distributed else {}
-    if any(map(zero.is_partitioned, network.parameters())):
+    if hasattr(network, "peft_config"):
+        network.load_state_dict(load_file(file), strict=False)
+    elif any(map(zero.is_partitioned, network.parameters())):
         zero.restore_weights(network, tensors)
     else:
         set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed))

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from cm_diffusers.preconditioning import send
 from cm_diffusers.training.companions import Companion
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.health import StepRecord
+from cm_diffusers.training.inputs import Inputs
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.optimizers import set_learning_rate, take_step
 from cm_diffusers.training.phases import Phase
@@ -34,15 +34,15 @@ class Stepper:
         student (`nn.Module`), optimizer (`AcceleratedOptimizer`): as accelerate prepared them.
         companions (`dict[str, Companion]`): what is trained beside the student.
         meter ([`~cm_diffusers.training.tracking.Meter`]): is told of losses, norms and times.
+        inputs ([`~cm_diffusers.training.inputs.Inputs`]): how a batch is read.
     """
 
     def __init__(
         self, config: ConsistencyConfig, accelerator: Accelerator, student: Any, optimizer: Any,
-        companions: dict[str, Companion], meter: Meter,
+        companions: dict[str, Companion], meter: Meter, inputs: Inputs,
     ) -> None:  # fmt: skip
         self.config, self.accelerator, self.student, self.optimizer = config, accelerator, student, optimizer
-        self.companions, self.meter = companions, meter
-        self.is_class_conditional = accelerator.unwrap_model(student).config.num_class_embeds is not None
+        self.companions, self.meter, self.inputs = companions, meter, inputs
 
     def __call__(self, phase: Phase, step: int, batches: Iterator[dict[str, Tensor]]) -> StepRecord:
         """The optimiser's step number `step` of the run, over all its micro-steps."""
@@ -77,15 +77,18 @@ class Stepper:
 
     def losses(self, phase: Phase, step: int, batch: dict[str, Tensor]) -> Losses:
         """The losses of one micro-step of the run's step number `step`, for a batch on the device."""
-        images, random = batch["images"], SampleRandom(batch["seed"], batch["images"].device)
+        random = SampleRandom(batch["seed"], self.accelerator.device)
         with autocast(self.accelerator):
-            return phase.objective.losses(images, step - phase.start, random, **self._conditioning(batch, random))
+            images, conditioning = self.inputs(batch, random)
+            return phase.objective.losses(images, step - phase.start, random, **conditioning)
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the networks take it; the seeds stay on the CPU."""
         batch = send_to_device(batch, self.accelerator.device, non_blocking=True, skip_keys=["seed"])
         if self.config.channels_last:
-            batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
+            for name, value in batch.items():
+                if isinstance(value, Tensor) and value.ndim == 4:  # images or latents
+                    batch[name] = value.contiguous(memory_format=torch.channels_last)
         return batch
 
     def _next(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
@@ -99,12 +102,3 @@ class Stepper:
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.as_tensor(norm, device=self.accelerator.device)
-
-    def _conditioning(self, batch: dict[str, Tensor], random: SampleRandom) -> dict[str, Tensor]:
-        labels = batch.get("class_labels")
-        if labels is None or not self.is_class_conditional:
-            return {}
-        if self.config.label_dropout:
-            dropped = send(random.uniform() < self.config.label_dropout, labels.device)
-            labels = labels.masked_fill(dropped, self.config.null_class_label or 0)
-        return {"class_labels": labels}

@@ -12,6 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.networks import GUIDANCE_CHANNELS
 from cm_diffusers.preconditioning import (
     STOCK_TIME_SCALE,
     CMPreconditioning,
@@ -32,7 +33,7 @@ RIDGE, SMOOTH_RIDGE = 1e-6, 1e-3
 
 
 def make_student(
-    unet: nn.Module, scheduler: Any, convert: bool, smooth: bool = False, **overrides: Any
+    unet: nn.Module, scheduler: Any, convert: bool, smooth: bool = False, student: Any = None, **overrides: Any
 ) -> tuple[nn.Module, ConsistencyScheduler]:
     """A student's network and scheduler, made from a teacher's.
 
@@ -51,10 +52,12 @@ def make_student(
         scheduler (`SchedulerMixin`): the teacher's scheduler.
         convert (`bool`): bound the prediction and adopt another time.
         smooth (`bool`): the student will be differentiated by its time.
+        student (`nn.Module`, *optional*): the network to begin with; a copy of the teacher's in float32 when `None`.
         overrides: of [`ConsistencyScheduler`].
     """
     preconditioning = read_preconditioning(scheduler)
-    student = copy.deepcopy(unet).float().requires_grad_(True)
+    if student is None:
+        student = copy.deepcopy(unet).float().requires_grad_(True)
     cut_variance(student)
     if overrides.get("flow_map"):
         add_second_time(student)
@@ -154,6 +157,19 @@ def add_second_time(unet: Any) -> None:
     embedding.linear_2.bias.zero_()
     unet.class_embedding = embedding
     unet.register_to_config(class_embed_type="timestep")
+
+
+@torch.no_grad()
+def add_guidance(unet: Any) -> None:
+    """Let a text-to-image network be told its guidance scale, in place; at first it does not listen.
+
+    It stays a stock diffusers class, whose own `time_cond_proj_dim` this is.
+    """
+    first = unet.time_embedding.linear_1
+    projection = nn.Linear(GUIDANCE_CHANNELS, first.in_features, bias=False).to(first.weight)
+    projection.weight.zero_()
+    unet.time_embedding.cond_proj = projection
+    unet.register_to_config(time_cond_proj_dim=GUIDANCE_CHANNELS)
 
 
 @torch.no_grad()

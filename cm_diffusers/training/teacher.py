@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from cm_diffusers.network_config import read_preconditioning
 from cm_diffusers.preconditioning import Denoiser, Preconditioning, VPPreconditioning
+from cm_diffusers.training.text_to_image import TextToImage
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Teacher:
-    """A pretrained diffusion model: its network, its scheduler and where it came from."""
+    """A pretrained diffusion model: its network, its scheduler and where it came from.
+
+    `text` is what stands before the network where it makes images of text.
+    """
 
     unet: nn.Module
     scheduler: Any
     name: str
+    text: TextToImage | None = None
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -40,7 +45,8 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
     """A teacher from whatever the user has.
 
     Args:
-        source: a folder or Hub id of a pipeline, a pipeline, or a pair `(unet, scheduler)`.
+        source: a folder or Hub id of a pipeline, a pipeline, or a pair `(unet, scheduler)`. What takes text has to be
+            a pipeline, of Stable Diffusion or SDXL.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         prediction_type (`str`, *optional*): replaces the one in the scheduler's config.
 
@@ -48,6 +54,7 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
         `TypeError`: if `source` is none of these, or its network takes other inputs than an image UNet's.
         `ValueError`: if it cannot be loaded, or its scheduler is not supported.
     """
+    pipeline: Any = None
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise TypeError(f"A pair (unet, scheduler) has two parts, got {len(source)}.")
@@ -56,15 +63,16 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
         pipeline = _load_pipeline(str(source), revision)
         unet, scheduler, name = pipeline.unet, pipeline.scheduler, str(source)
     elif hasattr(source, "unet") and hasattr(source, "scheduler"):
-        unet, scheduler, name = source.unet, source.scheduler, type(source).__name__
+        pipeline, unet, scheduler, name = source, source.unet, source.scheduler, type(source).__name__
     else:
         raise TypeError(
             f"`teacher` must be a path, a Hub id, a pipeline or (unet, scheduler), got {type(source).__name__}."
         )
+    text = None
     if getattr(getattr(unet, "config", None), "cross_attention_dim", None) is not None:
-        raise TypeError(
-            f"{type(unet).__name__} takes text embeddings; only image and class-conditional UNets are supported."
-        )
+        if pipeline is None:
+            raise TypeError(f"{type(unet).__name__} takes text embeddings: pass the whole pipeline.")
+        text = TextToImage(pipeline)
     if prediction_type is not None:
         scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     if getattr(scheduler.config, "flow_map", False):
@@ -72,7 +80,23 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
             "A flow map cannot be a teacher: it says where a jump ends, and not only which way the ODE goes."
         )
     read_preconditioning(scheduler)
-    return Teacher(unet.requires_grad_(False).eval(), scheduler, name)
+    return Teacher(unet.requires_grad_(False).eval(), scheduler, name, text)
+
+
+def takes_text(source: Any, revision: str | None = None) -> bool:
+    """Whether what `load_teacher` takes makes images of text; of a folder or Hub id, its index alone is read.
+
+    Raises:
+        `ValueError`: if that cannot be read.
+    """
+    if isinstance(source, str) or hasattr(source, "__fspath__"):
+        from diffusers import DiffusionPipeline
+
+        try:
+            return "text_encoder" in DiffusionPipeline.load_config(str(source), revision=revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot load a pipeline from {str(source)!r}: {error}") from error
+    return hasattr(source, "text_encoder")
 
 
 def _load_pipeline(path: str, revision: str | None) -> Any:

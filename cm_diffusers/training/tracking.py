@@ -20,11 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.image_grid import save_grid
-from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.preconditioning import send
+from cm_diffusers.networks import send
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.randomness import generators, labels_in_turn
+from cm_diffusers.training.samples import Draw
 
 logger = logging.getLogger(__name__)
 
@@ -165,45 +164,30 @@ def _memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def log_samples(
-    accelerator: Accelerator, pipeline: ConsistencyPipeline, config: ConsistencyConfig, step: int, folder: Path
-) -> None:
+def log_samples(accelerator: Accelerator, draw: Draw, config: ConsistencyConfig, step: int, folder: Path) -> None:
     """Sample a grid of images for each number of steps, from the same noise every time. All processes draw a share.
 
     Every image has its own generator: the run's random numbers stay as they are, and the number of processes does not
     matter.
     """
-    pipeline.set_progress_bar_config(disable=True)
     mine = range(accelerator.process_index, config.num_samples, accelerator.num_processes)
     for nfe in config.sample_nfes:
-        pairs = gather_object(list(zip(mine, _draw(pipeline, config, mine, nfe), strict=True)))
+        pairs = gather_object(list(zip(mine, _draw_all(draw, config, mine, nfe), strict=True)))
         if accelerator.is_main_process:
             images = np.stack([image for _, image in sorted(pairs, key=lambda pair: pair[0])])
             save_grid(images, folder / f"step-{step:08d}-nfe-{nfe}.png")
             _log_images(accelerator, f"samples/nfe_{nfe}", images, step)
 
 
-def save_samples(pipeline: ConsistencyPipeline, config: ConsistencyConfig, file: Path) -> None:
+def save_samples(draw: Draw, config: ConsistencyConfig, file: Path) -> None:
     """One grid of images in one step, drawn by this process alone, from the noise of [`log_samples`]."""
-    pipeline.set_progress_bar_config(disable=True)
-    save_grid(np.stack(_draw(pipeline, config, range(config.num_samples), 1)), file)
+    save_grid(np.stack(_draw_all(draw, config, range(config.num_samples), 1)), file)
 
 
-def _draw(pipeline: ConsistencyPipeline, config: ConsistencyConfig, indices: range, nfe: int) -> list[np.ndarray]:
+def _draw_all(draw: Draw, config: ConsistencyConfig, indices: range, nfe: int) -> list[np.ndarray]:
     """The images of some of the indices, no more at once than a step trains on."""
-    drawn = []
-    for start in range(0, len(indices), config.batch_size):
-        part = indices[start : start + config.batch_size]
-        drawn += list(
-            pipeline(
-                batch_size=len(part),
-                class_labels=labels_in_turn(pipeline.classes, part),
-                num_inference_steps=nfe,
-                generator=generators(part),
-                output_type="np",
-            ).images
-        )
-    return drawn
+    parts = (indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size))
+    return [image for part in parts for image in draw(part, nfe)]
 
 
 def _log_images(accelerator: Accelerator, name: str, images: np.ndarray, step: int) -> None:

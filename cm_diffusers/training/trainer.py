@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,10 +30,12 @@ from cm_diffusers.training.phases import Networks, Phase, make_phases
 from cm_diffusers.training.preparation import (
     identify,
     identify_scheduler,
+    make_inputs,
     prepare_data,
     prepare_student,
     with_learning_rates,
 )
+from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
@@ -46,9 +48,10 @@ from cm_diffusers.training.runtime import (
     precision,
     settle,
 )
+from cm_diffusers.training.samples import Draw, of_classes, of_prompts, told_guidance
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.stepping import Stepper
-from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher
+from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher, takes_text
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,8 @@ class ConsistencyTrainer:
     """
 
     def __init__(self, config: ConsistencyConfig, teacher: Any = None, train_dataset: Any = None) -> None:
-        self.config = config = config.resolve()
+        source = config.teacher if teacher is None else teacher
+        self.config = config = config.resolve(takes_text(source, config.teacher_revision))
         self.output_dir = Path(config.output_dir)
         check_writable(self.output_dir)
         self.accelerator = make_accelerator(config)
@@ -89,14 +93,16 @@ class ConsistencyTrainer:
         on_main(self.accelerator, self._check_publishing)
         set_seed(config.seed)
 
-        self.teacher = self._load_teacher(config.teacher if teacher is None else teacher)
+        self.teacher = self._load_teacher(source)
+        self.text = None if self.teacher is None else self.teacher.text
         unet, self.scheduler = prepare_student(config, self.teacher)
         self.config = config = with_learning_rates(config, unet)
         self._check_steps()
-        self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator)
+        self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator, self.text)
         self.dataset_identity = identify(self.dataset)
         set_seed(config.seed, device_specific=True)
 
+        self.inputs = make_inputs(config, self.teacher, unet, self.dataset)
         self._prepare_networks(unet)
         self.phases = self._make_phases()
         self.batches = Batches(
@@ -113,7 +119,9 @@ class ConsistencyTrainer:
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
         ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
         self.meter = Meter(self.accelerator, self.global_batch_size, ends)
-        self.stepper = Stepper(config, self.accelerator, self.student, self.optimizer, self.companions, self.meter)
+        self.stepper = Stepper(
+            config, self.accelerator, self.student, self.optimizer, self.companions, self.meter, self.inputs
+        )
 
     # Preparation ----------------------------------------------------------------------------------------------------
 
@@ -135,8 +143,12 @@ class ConsistencyTrainer:
             logger.warning("%s: of no effect on the run without `push_to_hub`.", ", ".join(ignored))
 
     def _load_teacher(self, source: Any) -> Teacher | None:
+        config = self.config
         if source is not None:
-            return load_teacher(source, self.config.teacher_revision, self.config.teacher_prediction_type)
+            teacher = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
+            if config.lora_rank:  # whose weights are the student's, too
+                teacher.unet = in_precision(teacher.unet, config)
+            return teacher
         if self.config.source == "teacher":
             raise ValueError(f"`method={self.config.method!r}` needs a `teacher`.")
         return None
@@ -147,6 +159,8 @@ class ConsistencyTrainer:
         unet = lay_out(config, unet.to(self.accelerator.device).train(), in_parts)
         if self.teacher is not None:
             self.teacher.unet = lay_out(config, in_precision(self.teacher.unet.to(self.accelerator.device), config))
+        if self.text is not None:
+            self.text.prepare(self.accelerator.device, getattr(torch, config.teacher_dtype))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.averages = Averages(config, unet, self.global_batch_size)
@@ -169,7 +183,7 @@ class ConsistencyTrainer:
 
     # Training -------------------------------------------------------------------------------------------------------
 
-    def train(self) -> ConsistencyPipeline:
+    def train(self) -> Any:
         """Run to the end, save the student to `config.output_dir` and return it as a pipeline.
 
         The saved weights are the evaluation EMA's.
@@ -264,11 +278,11 @@ class ConsistencyTrainer:
         if self.teacher is None or not self.config.teacher_check or self.config.source != "teacher":
             return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
-        count = max(8, min(256, 2**20 // math.prod(self.dataset.transform.spec.shape)))
-        batch = send_to_device(first_images(self.dataset, count), self.accelerator.device)
-        labels = batch.get("class_labels")
-        conditional = labels is not None and self.unet.config.num_class_embeds is not None
-        return check_teacher(self.teacher, batch["images"], **({"class_labels": labels} if conditional else {}))
+        largest = max(math.prod(shape) for shape in self.dataset.fields.values())
+        batch = self.stepper.to_device(first_images(self.dataset, max(8, min(256, 2**20 // largest))))
+        random = SampleRandom(batch["seed"], self.accelerator.device)
+        images, conditioning = self.inputs.of_teacher(batch, random)
+        return check_teacher(self.teacher, images, **conditioning)
 
     # What a run leaves behind ---------------------------------------------------------------------------------------
 
@@ -285,7 +299,7 @@ class ConsistencyTrainer:
                 values["mu"] = self.averages.mu_at(done - 1)
             self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
-            log_samples(self.accelerator, self.pipeline(), config, step, self.output_dir / "samples")
+            log_samples(self.accelerator, self.drawing(self.pipeline()), config, step, self.output_dir / "samples")
             self.meter.restart_clock()
         if config.eval_steps and (step % config.eval_steps == 0 or last) and phase.is_method:
             self.evaluation(self.pipeline(), step)
@@ -297,19 +311,34 @@ class ConsistencyTrainer:
                 self._publish_meanwhile()
             self.meter.restart_clock()
 
-    def pipeline(self) -> ConsistencyPipeline:
-        """The student with its evaluation weights. Called on all ranks."""
-        scheduler = ConsistencyScheduler.from_config(self.scheduler.config)
-        return ConsistencyPipeline(whole(self.averages.ema.network), scheduler, self.config.null_class_label)
+    def pipeline(self) -> Any:
+        """The student with its evaluation weights: a [`ConsistencyPipeline`], or the teacher's kind if it takes text.
 
-    def save(self, pipeline: ConsistencyPipeline) -> None:
+        Called on all ranks.
+        """
+        unet, scheduler = whole(self.averages.ema.network), ConsistencyScheduler.from_config(self.scheduler.config)
+        if self.text is not None:
+            return self.text.with_network(unet, scheduler)
+        return ConsistencyPipeline(unet, scheduler, self.config.null_class_label)
+
+    def drawing(self, pipeline: Any) -> Draw:
+        """How samples are drawn from the student's pipeline."""
+        pipeline.set_progress_bar_config(disable=True)
+        if self.text is None:
+            return of_classes(pipeline)
+        config = self.config
+        count = min(config.num_samples, 64)
+        prompts = config.sample_prompts or first_images(self.dataset, count).get("captions", [""])
+        return of_prompts(self.text.on_device(pipeline), prompts, told_guidance(config))
+
+    def save(self, pipeline: Any) -> None:
         """Save the student, then what is told of it."""
         saving.save_into(pipeline, self.output_dir)
         for old in (RECORD, SAMPLES):
             (self.output_dir / old).unlink(missing_ok=True)
         try:
             self.record(pipeline.unet).save(self.output_dir)
-            save_samples(pipeline, self.config, self.output_dir / SAMPLES)
+            save_samples(self.drawing(pipeline), self.config, self.output_dir / SAMPLES)
         except Exception:  # whatever it is, the student is safe and matters more
             logger.warning("The student is saved, but without its record or samples:", exc_info=True)
 
@@ -376,7 +405,7 @@ class ConsistencyTrainer:
             return None
         from cm_diffusers.evaluation.in_loop import TrainingEvaluation
 
-        return TrainingEvaluation(self.config, self.dataset, self.accelerator)
+        return TrainingEvaluation(self.config, self.dataset, self.accelerator, self.text)
 
     def _resume_evaluation(self) -> None:
         """Forget what a run has measured that went on from here before."""

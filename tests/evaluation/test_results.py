@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 
 from cm_diffusers.evaluation import Protocol, Report, Result
 
 PROTOCOL = Protocol("inception", "abcd", "3 x 8 x 8, 8 bits", 1000, "cifar10/train", "ef01", 50_000)
+OF_TEXT = dataclasses.replace(PROTOCOL, prompts="9 of p.txt", prompts_digest="23", clip="me/clip", clip_digest="45")
 
 
 def result(model="student", nfe=1, fid=3.0, protocol=PROTOCOL, repetitions=1, sampler="multistep", weights="12"):
@@ -25,8 +27,8 @@ def test_repetitions_give_a_mean_and_a_spread():
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Protocol)])
 def test_other_protocols_stay_out_of_the_table(name):
-    report = Report([result()])
-    other = dataclasses.replace(PROTOCOL, **{name: getattr(PROTOCOL, name) * 2})
+    report = Report([result(protocol=OF_TEXT)])
+    other = dataclasses.replace(OF_TEXT, **{name: getattr(OF_TEXT, name) * 2})
     with pytest.raises(ValueError, match=f"cannot stand in one table: {name}: "):
         report.add(result(nfe=2, protocol=other))
 
@@ -43,6 +45,21 @@ def test_the_table_names_its_protocol_and_is_sorted():
         "1,000 images (3 x 8 x 8, 8 bits) against 50,000 of cifar10/train, features: inception"
     )
     assert Report().table() == ""
+
+
+def test_the_table_of_images_of_text_names_prompts_and_clip():
+    last = Report([result(protocol=OF_TEXT)]).table().splitlines()[-1]
+    assert last.endswith("inception [abcd], prompts: 9 of p.txt [23], CLIP: me/clip [45].")
+    assert "prompts" not in PROTOCOL.facts() and OF_TEXT.facts()["clip"] == "me/clip"
+
+
+def test_reports_from_before_there_was_text_are_read(tmp_path):
+    Report([result()]).save(tmp_path / "report.json")
+    entries = json.loads((tmp_path / "report.json").read_text())
+    for name in ("prompts", "prompts_digest", "clip", "clip_digest"):
+        del entries[0]["protocol"][name]
+    (tmp_path / "report.json").write_text(json.dumps(entries))
+    assert Report.load(tmp_path / "report.json").protocol == PROTOCOL
 
 
 def test_a_figure_that_is_measured_again_replaces_the_old():

@@ -26,7 +26,7 @@ SHORT = {
     "cd": {"distance": "pseudo_huber", "num_levels": 20, "weighting": "inverse_gap", "mu": 0.5},
     "ct": {"distance": "pseudo_huber", "s1": 20, "weighting": "inverse_gap"},
 }
-STEPS = {"ct": 2000, "sct": 2000, "scd": 2000, "meanflow": 1200}
+STEPS = {"ct": 2000, "sct": 2000, "scd": 2000, "meanflow": 1200, "lcm": 2000}
 
 
 @dataclass

@@ -101,9 +101,10 @@ def test_scheduler_step_is_the_function_that_was_trained(boundary, tmp_path):
     for sigma, t in zip(grid.flip(0), scheduler.timesteps, strict=True):
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * (1 + sigma)
         with torch.no_grad():
-            output = pipeline.unet(scheduler.scale_model_input(x, t), t).sample
+            state = x / scheduler.state_scale(sigma)
+            output = pipeline.unet(scheduler.scale_model_input(state, t), t).sample
             expected = f(x, sigma)
-        torch.testing.assert_close(scheduler.step(output, t, x).denoised, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(scheduler.step(output, t, state).denoised, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_ct_trains_without_a_teacher(tmp_path):

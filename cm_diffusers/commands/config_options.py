@@ -1,0 +1,78 @@
+"""Options of the command line that are fields of a run's config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from cm_diffusers.commands.options import Parser
+
+
+def add_config_options(parser: Parser, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
+    """Let a parser take some of the config's fields, of which those that are not given are left out.
+
+    Args:
+        parser ([`~cm_diffusers.commands.options.Parser`]): of the command.
+        names (`Iterable[str]`): of the fields.
+        defaults (`Mapping[str, Any]`): for the help, where they are others than the config's.
+    """
+    from cm_diffusers.training.config import ConsistencyConfig
+
+    fields = {spec.name: spec for spec in dataclasses.fields(ConsistencyConfig)}
+    for name in names:
+        spec = fields[name]
+        default = defaults.get(name, _default(spec))
+        text = f"{spec.metadata['help']} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=_metavar(name), help=text)
+
+
+def parse_config_options(
+    parser: Parser, arguments: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """The values of the fields that are given, and what the parser was told besides.
+
+    Exits with a message for an unknown option, naming the nearest of the fields `names` and the parser's own.
+    """
+    from cm_diffusers.training.config_values import unknown_key
+
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        own = [name for name in vars(given) if name not in names]
+        parser.error(unknown_key(unknown[0].split("=")[0].lstrip("-"), [*names, *own]))
+    values = {name: _parse_value(name, text) for name, text in vars(given).items() if name in names}
+    return values, given
+
+
+def _default(spec: dataclasses.Field[Any]) -> Any:
+    value = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[operator]
+    return "none" if value is None else value
+
+
+def _kinds(name: str) -> list[Any]:
+    from cm_diffusers.training.config import field_types
+
+    hint = field_types()[name]
+    arguments = [kind for kind in get_args(hint) if kind is not type(None)]
+    return arguments if type(None) in get_args(hint) else [hint]
+
+
+def _metavar(name: str) -> str:
+    choices = get_args(_kinds(name)[0])
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "{" + ",".join(choices) + "}"
+    return str(getattr(_kinds(name)[0], "__name__", "value")).upper()
+
+
+def _parse_value(name: str, text: str) -> Any:
+    import yaml
+
+    if text.lower() in ("none", "null"):
+        return None if name != "tracker" else "none"
+    if _kinds(name)[0] is str or "Literal" in str(_kinds(name)[0]):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{name}` cannot be read from {text!r}.") from error

@@ -1,0 +1,112 @@
+"""The part of a model card that says how a student is loaded and sampled."""
+
+from __future__ import annotations
+
+from cm_diffusers.hub.student import Student
+from cm_diffusers.pipelines.text import TOLD_GUIDANCE_SCALE
+from cm_diffusers.schedulers import ConsistencyScheduler
+
+INSTALL = "# pip install cm_diffusers"
+STEPS = 4  # of the snippets with text
+
+
+def usage(student: Student) -> str:
+    """The section "Use", with code for stock diffusers where that computes the student, and for this package."""
+    parts = _with_text(student) if student.takes_prompts else _without_text(student)
+    return "\n\n".join(["## Use", *parts])
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _not_stock(scheduler: ConsistencyScheduler, what: str) -> str:
+    config = scheduler.config
+    kind = f"family `{config.family}`, boundary `{config.boundary}`"
+    return f"Stock diffusers has no {what} that computes this student ({kind})"
+
+
+# Without text -------------------------------------------------------------------------------------------------------
+
+
+def _without_text(student: Student) -> list[str]:
+    label = "class_labels=0, " if student.unet.get("num_class_embeds") else ""
+    ours = _python(
+        INSTALL, "from cm_diffusers import ConsistencyPipeline", "",
+        f'pipe = ConsistencyPipeline.from_pretrained("{student.repo_id}")',
+        f"image = pipe({label}num_inference_steps=1).images[0]",
+        f"image = pipe({label}num_inference_steps=2).images[0]",
+    )  # fmt: skip
+    if student.is_stock:
+        stock = _python(
+            "from diffusers import DiffusionPipeline", "",
+            f'pipe = DiffusionPipeline.from_pretrained("{student.repo_id}")',
+            f"image = pipe({label}num_inference_steps=1).images[0]",
+        )  # fmt: skip
+        same = "With stock diffusers, or with cm_diffusers for the same images:"
+        return [same, stock, ours, *_stored_for_stock(student.scheduler)]
+    not_stock = f"{_not_stock(student.scheduler, 'pipeline')}: `DiffusionPipeline` does not load it. "
+    return [ours, f"{not_stock}Its network alone loads there:", _network(student, "UNet2DModel")]
+
+
+def _network(student: Student, kind: str) -> str:
+    return _python(
+        f"from diffusers import {kind}", "", f'unet = {kind}.from_pretrained("{student.repo_id}", subfolder="unet")'
+    )
+
+
+def _stored_for_stock(scheduler: ConsistencyScheduler) -> list[str]:
+    """How stock diffusers takes the levels that are stored for a number of steps, of which it knows nothing."""
+    texts = []
+    for steps in sorted(map(int, scheduler.config.few_step_sigmas or {})):
+        timesteps = scheduler.stock_timesteps(steps)
+        other = f"pass it `timesteps={timesteps}` for the same images" if timesteps else "it draws other images"
+        texts.append(f"In {steps} steps cm_diffusers takes stored levels, unknown to stock diffusers: {other}.")
+    return texts
+
+
+# With text ----------------------------------------------------------------------------------------------------------
+
+
+def _with_text(student: Student) -> list[str]:
+    base = student.teacher_id or "path/to/the/teacher"
+    belonging = f', base="{base}"' if student.is_adapters else ""
+    ours = _python(
+        INSTALL, "from cm_diffusers import load_pipeline", "",
+        f'pipe = load_pipeline("{student.repo_id}"{belonging})', _image(student),
+    )  # fmt: skip
+    parts = [ours]
+    if student.is_stock:
+        stock = _stock_adapters(student, base) if student.is_adapters else _stock_pipeline(student)
+        parts = ["With stock diffusers, or with cm_diffusers for the same images:", stock, ours]
+    else:
+        parts.append(f"{_not_stock(student.scheduler, 'scheduler')}.")
+        if not student.is_adapters:
+            parts += ["Its network alone loads there:", _network(student, "UNet2DConditionModel")]
+    if student.is_told_guidance:
+        parts.append("Its network is told `guidance_scale`, which costs no evaluations.")
+    elif student.is_adapters and student.teacher_id is None:
+        parts.append(f"Instead of `{base}`: the folder or Hub id of the teacher, to whose pipeline they belong.")
+    return parts
+
+
+def _stock_pipeline(student: Student) -> str:
+    return _python(
+        "from diffusers import DiffusionPipeline", "",
+        f'pipe = DiffusionPipeline.from_pretrained("{student.repo_id}")', _image(student),
+    )  # fmt: skip
+
+
+def _stock_adapters(student: Student, base: str) -> str:
+    return _python(
+        "from diffusers import DiffusionPipeline, LCMScheduler", "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{student.repo_id}")',
+        f'pipe.scheduler = LCMScheduler.from_pretrained("{student.repo_id}", subfolder="scheduler")',
+        _image(student),
+    )  # fmt: skip
+
+
+def _image(student: Student) -> str:
+    steps = min(STEPS, student.scheduler.grid_length)
+    guidance = TOLD_GUIDANCE_SCALE if student.is_told_guidance else 1.0
+    return f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={guidance}).images[0]'

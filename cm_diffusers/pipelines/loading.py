@@ -1,0 +1,117 @@
+"""Loading a student, whatever its images are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.schedulers import ConsistencyScheduler
+
+LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
+ADAPTERS = "pytorch_lora_weights.safetensors"  # the file that diffusers keeps them in
+PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+def load_pipeline(path: str | Path, base: Any = None, revision: str | None = None, **options: Any) -> Any:
+    """A student's pipeline under [`ConsistencyScheduler`]: a [`ConsistencyPipeline`], or one of Stable Diffusion.
+
+    Args:
+        path (`str` or `Path`): folder or Hub id of a pipeline, or of adapters. Published latent consistency models
+            and LCM-LoRA are students, too.
+        base (*optional*): for adapters, the pipeline that they belong to, or its folder or Hub id; by default the
+            teacher's, if the student's record knows it.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+
+    Raises:
+        `ValueError`: if there is no student at `path`, adapters without the pipeline that they belong to, or a `base`
+            for something else.
+
+    Example:
+        ```py
+        pipe = load_pipeline("my-lora", base="stable-diffusion-v1-5/stable-diffusion-v1-5")
+        image = pipe("a photo of a cat", num_inference_steps=4, guidance_scale=1).images[0]
+        ```
+    """
+    place = str(path)
+    index = _index(place, revision)
+    if index is None:
+        return _load_adapters(place, base, revision, options)
+    if base is not None:
+        raise ValueError(f"`base` is for adapters, and {place!r} holds a whole pipeline.")
+    if "text_encoder" not in index:
+        return ConsistencyPipeline.from_pretrained(place, revision=revision, **options)
+    folder = _fetch(place, revision)
+    scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
+    return DiffusionPipeline.from_pretrained(folder, scheduler=scheduler, **options)
+
+
+def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None:
+    """See that a student makes no images of text, before it is loaded for what such students are not made for.
+
+    Args:
+        path (`str` or `os.PathLike`): as `load_pipeline` takes it. Where nothing is, nothing is refused.
+
+    Raises:
+        `ValueError`: if it does, or is a folder of adapters; it says what takes such a student.
+    """
+    index = _index(str(path), revision)
+    of_text = (Path(path) / ADAPTERS).exists() if index is None else "text_encoder" in index
+    if of_text:
+        raise ValueError(
+            f"{str(path)!r} makes images of text. `cm-diffusers sample --prompts`, `evaluate` and `push` take such a "
+            "student; `load_pipeline` loads it."
+        )
+
+
+def _index(place: str, revision: str | None) -> Mapping[str, Any] | None:
+    """The index of a pipeline; `None` where there is none."""
+    try:
+        index: Mapping[str, Any] = DiffusionPipeline.load_config(place, revision=revision)
+    except (OSError, ValueError):
+        return None
+    return index
+
+
+def _fetch(place: str, revision: str | None) -> str:
+    """The folder of a student: diffusers' own download refuses repositories whose scheduler is none of diffusers."""
+    if Path(place).is_dir():
+        return place
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(place, revision=revision, allow_patterns=PARTS)
+
+
+def _load_adapters(place: str, base: Any, revision: str | None, options: dict[str, Any]) -> Any:
+    try:
+        folder = Path(_fetch(place, revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no pipeline, and there are no adapters, at {place!r}: {error}") from error
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"There is no pipeline, and there are no adapters, in {place!r}.")
+    base = base or _teacher_of(folder)
+    if base is None:
+        raise ValueError(f"{place!r} holds adapters: pass `base`, the pipeline that they belong to.")
+    pipeline = DiffusionPipeline.from_pretrained(base, **options) if isinstance(base, str | Path) else base
+    pipeline.load_lora_weights(folder)
+    if (folder / "scheduler").is_dir():
+        pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
+    else:
+        pipeline.scheduler = ConsistencyScheduler.from_teacher(
+            pipeline.scheduler, boundary="lcm", clip_denoised=False, original_inference_steps=LCM_STEPS
+        )
+    return pipeline
+
+
+def _teacher_of(folder: Path) -> str | None:
+    """The Hub id of the teacher that a student's record names."""
+    record = folder / "training.json"
+    teacher = json.loads(record.read_text()).get("teacher") if record.exists() else None
+    name = teacher and teacher.get("name")
+    return name if name and "/" in name else None

@@ -1,0 +1,102 @@
+"""Text-to-image pipelines of stock diffusers, as students and their teachers are drawn from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLD_GUIDANCE_SCALE = 8.5  # as diffusers' LatentConsistencyModelPipeline has it
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def takes_prompts(pipeline: Any) -> bool:
+    """Whether a pipeline makes images of text."""
+    return hasattr(pipeline, "text_encoder")
+
+
+def is_told_guidance(pipeline: Any) -> bool:
+    """Whether its network is told the guidance scale, instead of being asked twice."""
+    return pipeline.unet.config.time_cond_proj_dim is not None
+
+
+def resolve_guidance(pipeline: Any, guidance_scale: float | None) -> float:
+    """The guidance scale that was asked for; otherwise 8.5 for a network that is told it, and 1, which is off.
+
+    Raises:
+        `ValueError`: if it is below 1, which stock pipelines take for 1.
+    """
+    if guidance_scale is None:
+        return TOLD_GUIDANCE_SCALE if is_told_guidance(pipeline) else 1.0
+    if not guidance_scale >= 1:
+        raise ValueError(f"`guidance_scale` must be at least 1 (off) for images of text, got {guidance_scale}.")
+    return float(guidance_scale)
+
+
+def asks_twice(pipeline: Any, guidance_scale: float) -> bool:
+    """Whether the network is evaluated with the prompt and without it, so that each step counts double."""
+    return guidance_scale > 1 and not is_told_guidance(pipeline)
+
+
+def prompts_in_turn(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The prompt of each image: that of seed i is prompt i mod n."""
+    return [prompts[seed % len(prompts)] for seed in seeds]
+
+
+@torch.no_grad()
+def draw_prompts(
+    pipeline: Any, prompts: Sequence[str], num_inference_steps: int, guidance_scale: float,
+    generator: Sequence[torch.Generator],
+) -> Tensor:  # fmt: skip
+    """The images that a pipeline makes of prompts, without its safety checker and its watermark.
+
+    Each depends on its prompt and its generator alone. The pipeline's parts may differ in precision, as those of a
+    run do: each computes in its own.
+
+    Args:
+        pipeline (`StableDiffusionPipeline` or `StableDiffusionXLPipeline`): under any scheduler; left as it is.
+        prompts (`Sequence[str]`): one for each image.
+        guidance_scale (`float`): as the pipeline takes it.
+        generator (`Sequence[torch.Generator]`): one for each image.
+
+    Returns:
+        `Tensor` of shape `(batch, channels, height, width)`: in [0, 1].
+    """
+    embeddings = pipeline.encode_prompt(
+        prompt=list(prompts), device=pipeline.device, num_images_per_prompt=1,
+        do_classifier_free_guidance=asks_twice(pipeline, guidance_scale),
+    )  # fmt: skip
+    dtype = pipeline.unet.conv_in.weight.dtype
+    told = {name: value.to(dtype) for name, value in zip(EMBEDDINGS, embeddings, strict=False) if value is not None}
+    without_encoders = copy.copy(pipeline)  # stock pipelines return to the precision of a text encoder that is there
+    for name in ("text_encoder", "text_encoder_2"):
+        if hasattr(pipeline, name):
+            setattr(without_encoders, name, None)
+    latents = without_encoders(
+        **told, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, generator=list(generator),
+        output_type="latent",
+    ).images  # fmt: skip
+    return _decode(pipeline, latents)
+
+
+def _decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """The pictures of latents, decoded one by one: a VAE takes more memory than the network did."""
+    vae, config = pipeline.vae, pipeline.vae.config
+    if vae.dtype == torch.float16 and config.force_upcast:  # it overflows
+        vae = copy.deepcopy(vae).float()
+    latents = latents.to(vae.dtype)
+    mean, std = (_per_channel(getattr(config, name, None), latents) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+    pictures = torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
+    images: Tensor = pipeline.image_processor.postprocess(pictures.float(), output_type="pt")
+    return images
+
+
+def _per_channel(values: Sequence[float] | None, latents: Tensor) -> Tensor | None:
+    return None if values is None else torch.tensor(values).view(1, -1, 1, 1).to(latents)

@@ -1,0 +1,184 @@
+"""What stands before the network of a latent text-to-image model: its text encoders and its VAE, both frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm_diffusers.training.randomness import SampleRandom
+
+ENCODERS = ("text_encoder", "text_encoder_2", "vae")
+
+
+class TextToImage:
+    """Turns captions and pictures into what the network of a Stable Diffusion pipeline is told and shown.
+
+    Args:
+        pipeline (`StableDiffusionPipeline` or `StableDiffusionXLPipeline`): left as it is.
+
+    Raises:
+        `TypeError`: for any other pipeline.
+        `ValueError`: for one that takes more than a text: a mask, or a score.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+            raise TypeError(
+                f"A text-to-image teacher must be a StableDiffusionPipeline or a StableDiffusionXLPipeline, got "
+                f"{type(pipeline).__name__}."
+            )
+        config, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
+        if config.in_channels != latents:
+            raise ValueError(f"The network takes {config.in_channels} channels, but its VAE's latents have {latents}.")
+        if config.time_cond_proj_dim is not None:
+            raise ValueError("A network that is told its guidance scale is a student already: it cannot be guided.")
+        self.pipeline = pipeline
+        self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        self._encoders = pipeline
+        self._empty: dict[str, Tensor] = {}
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put copies of the encoders where the run is. A VAE that half precision would overflow stays in float32."""
+        encoders = copy.copy(self.pipeline)
+        for name in ENCODERS:
+            module = getattr(self.pipeline, name, None)
+            if module is None:
+                continue
+            wide = name == "vae" and module.config.force_upcast
+            # As a module of torch: diffusers warns of what a model class might have to say against it.
+            module = nn.Module.to(copy.deepcopy(module), device, torch.float32 if wide else dtype)
+            setattr(encoders, name, module.eval().requires_grad_(False))
+        self._encoders, self._empty = encoders, {}
+
+    def digests(self) -> dict[str, str]:
+        """What tells the encoders of this pipeline from others, by their names: digests of their weights."""
+        from cm_diffusers.evaluation.digests import network_digest
+
+        found = {name: getattr(self.pipeline, name, None) for name in ENCODERS}
+        return {name: network_digest(module) for name, module in found.items() if module is not None}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The encoders that are where the run is."""
+        return [module for name in ENCODERS if (module := getattr(self._encoders, name, None)) is not None]
+
+    @property
+    def image_channels(self) -> int:
+        """Of the pictures that the VAE takes."""
+        return int(self.pipeline.vae.config.in_channels)
+
+    @property
+    def shrinks_by(self) -> int:
+        """How many pixels of a picture, in each direction, are one of its latents."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, random: SampleRandom) -> Tensor:
+        """Latents of pictures, drawn from the VAE's posterior and scaled as the network knows them.
+
+        Args:
+            images (`Tensor` of shape `(batch, channels, height, width)`): in [-1, 1].
+            random ([`~cm_diffusers.training.randomness.SampleRandom`]): of the draw.
+
+        Returns:
+            `Tensor` of shape `(batch, latent channels, height / factor, width / factor)`: in float32.
+        """
+        return self.scale(*self.posterior(images), random)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, in float32."""
+        vae = self._encoders.vae
+        with torch.autocast(images.device.type, enabled=False):
+            found = vae.encode(images.to(vae.dtype)).latent_dist
+        return found.mean.float(), found.std.float()
+
+    def scale(self, mean: Tensor, std: Tensor, random: SampleRandom) -> Tensor:
+        """Latents as the network knows them, drawn from their posterior."""
+        config = self.pipeline.vae.config
+        latents = mean + std * random.normal_like(mean)
+        if getattr(config, "latents_mean", None) is None:
+            return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        centre, spread = (
+            torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
+        )
+        return (latents - centre) * config.scaling_factor / spread
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders say.
+
+        Returns:
+            `dict`: `prompt_embeds` of shape `(batch, tokens, channels)`, and for SDXL `pooled_prompt_embeds` of shape
+            `(batch, channels)`.
+        """
+        encoders = self._encoders
+        device = encoders.vae.device
+        with torch.autocast(device.type, enabled=False):
+            found = encoders.encode_prompt(
+                prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return {"prompt_embeds": found[0]} | ({"pooled_prompt_embeds": found[2]} if self.is_xl else {})
+
+    def conditioning(self, embeddings: Mapping[str, Tensor], sizes: Tensor, target: tuple[int, int]) -> dict[str, Any]:
+        """What the network is told.
+
+        Args:
+            embeddings (`dict[str, Tensor]`): of `encode_prompts`.
+            sizes (`Tensor` of shape `(batch, 4)`): height and width of the original picture, and where it was cropped.
+            target (`tuple[int, int]`): height and width of what was cropped.
+        """
+        hidden = embeddings["prompt_embeds"]
+        told: dict[str, Any] = {"encoder_hidden_states": hidden}
+        if self.is_xl:
+            ends = torch.tensor(target, device=hidden.device).expand(len(hidden), 2)
+            ids = torch.cat([sizes.to(hidden.device), ends], dim=1).float()
+            told["added_cond_kwargs"] = {"text_embeds": embeddings["pooled_prompt_embeds"], "time_ids": ids}
+        return told
+
+    def empty_caption(self) -> dict[str, Tensor]:
+        """What the text encoders say of a caption that is left empty; batches of one."""
+        if not self._empty:
+            self._empty = self.encode_prompts([""])
+        return self._empty
+
+    def empty(self) -> dict[str, Tensor]:
+        """The embeddings of a prompt that says nothing, as the pipeline takes it for guidance; batches of one."""
+        found = self.empty_caption()
+        if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(value) for name, value in found.items()}
+        return found
+
+    def without_text(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        """The same conditioning, with a prompt that says nothing."""
+        empty, hidden = self.empty(), conditioning["encoder_hidden_states"]
+        told = {**conditioning, "encoder_hidden_states": empty["prompt_embeds"].to(hidden).expand_as(hidden)}
+        if "added_cond_kwargs" in conditioning:
+            added = conditioning["added_cond_kwargs"]
+            pooled = empty["pooled_prompt_embeds"].to(added["text_embeds"]).expand_as(added["text_embeds"])
+            told["added_cond_kwargs"] = {**added, "text_embeds": pooled}
+        return told
+
+    def with_network(self, unet: Any, scheduler: Any) -> Any:
+        """The same pipeline with another network and scheduler."""
+        return type(self.pipeline)(
+            **{**self.pipeline.components, "unet": unet, "scheduler": scheduler}, **self._flags()
+        )
+
+    def on_device(self, student: Any) -> Any:
+        """A student's pipeline with the encoders that are where the run is."""
+        placed = {name: getattr(self._encoders, name) for name in ENCODERS if hasattr(student, name)}
+        moved = type(student)(**{**student.components, **placed}, **self._flags())
+        moved.set_progress_bar_config(disable=True)
+        return moved
+
+    def _flags(self) -> dict[str, Any]:
+        """The pipeline's settings that are no parts of it."""
+        config, parts = self.pipeline.config, self.pipeline.components
+        return {name: value for name, value in config.items() if name[0] != "_" and name not in parts}

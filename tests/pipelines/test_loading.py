@@ -1,0 +1,44 @@
+"""Students of any kind from one function, and what takes no text says so."""
+
+import diffusers
+import pytest
+import torch
+from conftest import build_unet
+from stable_diffusion import make_stable_diffusion
+from text_students import make_text_student, save_text_student
+
+from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler, load_pipeline
+from cm_diffusers.pipelines.loading import refuse_prompts
+from cm_diffusers.pipelines.text import draw_prompts
+from cm_diffusers.training.randomness import generators
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(tmp_path / "pixels")
+    return tmp_path / "pixels"
+
+
+@pytest.mark.parametrize("kind", ["full", "adapters", "untold"])
+def test_a_saved_student_is_what_it_was(tmp_path, kind):
+    folder = save_text_student(tmp_path / "student", kind)
+    loaded = load_pipeline(folder, base=make_stable_diffusion() if kind == "adapters" else None)
+    assert isinstance(loaded.scheduler, ConsistencyScheduler)
+    found, expected = (draw_prompts(p, ["a cat"], 2, 1.0, generators([0])) for p in (loaded, make_text_student(kind)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_is_for_adapters_alone(tmp_path, pixels):
+    for folder in (pixels, save_text_student(tmp_path / "full")):
+        with pytest.raises(ValueError, match="`base` is for adapters, and .* holds a whole pipeline"):
+            load_pipeline(folder, base=make_stable_diffusion())
+
+
+def test_students_without_text_are_told_from_those_with(tmp_path, pixels):
+    refuse_prompts(pixels)
+    refuse_prompts(tmp_path / "nothing")
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    refuse_prompts(tmp_path / "teacher")
+    for kind in ("full", "adapters"):
+        with pytest.raises(ValueError, match="makes images of text.*--prompts"):
+            refuse_prompts(save_text_student(tmp_path / kind, kind))
