@@ -145,7 +145,7 @@ def test_small_grids_have_the_steps_that_they_have(num_levels):
 
 def test_the_study_of_methods_takes_all_and_replaces_lpips_alone():
     runs = ablation.study_runs("methods", TINY)
-    assert set(runs) == set(METHODS)
+    assert set(runs) == set(METHODS) - {"lcm"}
     for name, fields in runs.items():
         config = plan(TINY, fields, 10)
         assert config.distance != "lpips"

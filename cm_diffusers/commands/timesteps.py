@@ -20,9 +20,9 @@ def timesteps(arguments: Sequence[str]) -> None:
     from cm_diffusers.training.runtime import on_main
 
     state, folder = process_state(), Path(options.model)
-    refuse_prompts(folder)
     if not options.dry_run:
         on_main(state, functools.partial(_check_storable, folder))
+    refuse_prompts(folder)
     student = load_student(options)
     for steps in options.nfes:
         student.scheduler.levels_for(steps)  # what its grid does not have is refused before the images are read
