@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from cm_diffusers.training.lora import sharing_frozen, trained
@@ -26,16 +26,26 @@ class EMA:
         for weight in trained(self.network):
             weight.data = weight.data.float()
             weight.requires_grad_(False)
+        self._followed: nn.Module | None = None
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def update(self, network: nn.Module, decay: float) -> None:
         """`ema <- decay * ema + (1 - decay) * network`, each part where it is. Buffers are copied."""
-        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
-        followed = [[own_part(weight).detach() for weight in pair] for pair in pairs if pair[0] is not pair[1]]
-        own, other = [pair[0] for pair in followed], [pair[1].float() for pair in followed]
-        torch._foreach_lerp_(own, other, 1 - decay)
-        for buffer, source in zip(self.network.buffers(), network.buffers(), strict=True):
+        if network is not self._followed:
+            self._pair_with(network)
+        own, other = ([own_part(pair[place]).detach() for pair in self._weights] for place in (0, 1))
+        torch._foreach_lerp_(own, [weight.float() for weight in other], 1 - decay)
+        for buffer, source in self._buffers:
             buffer.copy_(source)
+
+    def _pair_with(self, network: nn.Module) -> None:
+        """Find what follows what, once: to walk through all modules takes as long as to average small ones."""
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        self._weights = [pair for pair in pairs if pair[0] is not pair[1]]
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
+        self._followed = network
 
     def restart(self, network: nn.Module) -> None:
         """Forget the past."""
