@@ -167,13 +167,16 @@ def save_picture(pictures: dict[str, Tensor], path: Path) -> None:
 
     figure, axes = plt.subplots(len(pictures), 1, figsize=(13, 0.72 * len(pictures) + 0.6))
     for axis, (title, images) in zip(axes, pictures.items(), strict=True):
-        axis.imshow(image_grid(images.permute(0, 2, 3, 1).numpy() / 255, columns=20), cmap="gray")
+        grid = image_grid(images.permute(0, 2, 3, 1).numpy() / 255, columns=20)
+        axis.imshow(grid, cmap="gray")
         axis.set_yticks([SIZE / 2], [title])
         axis.set_xticks([])
         axis.tick_params(length=0)
         for side in axis.spines.values():
             side.set_visible(False)
-    axes[0].set_title("   ".join(KINDS), fontsize=9)
+    places = [(column + 0.5) * grid.width / 20 for column in range(20)]
+    axes[0].set_xticks(places, [kind.removeprefix("pair of ") for kind in KINDS] * 2, fontsize=7)
+    axes[0].xaxis.tick_top()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

@@ -1,6 +1,6 @@
 """The time of a latent consistency step from text, over the sum of its bare parts.
 
-    python examples/benchmarks/text_step.py [--batch_size 32] [--channels 64 128] [--rounds 20] [--lora_rank 16]
+    python examples/benchmarks/text_step.py [--batch_size 32] [--channels 128 256] [--rounds 20] [--lora_rank 16]
 
 The parts are the VAE's encoder, the text encoder, one pass of the teacher over a doubled batch (with the caption and
 without), one of the target, the student forward and backward, and the optimiser; the step adds to them the draws, the
@@ -27,7 +27,7 @@ from cm_diffusers import ConsistencyConfig, ConsistencyTrainer  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--channels", type=int, nargs=2, default=[64, 128], help="of the network's two levels")
+    parser.add_argument("--channels", type=int, nargs=2, default=[128, 256], help="of the network's two levels")
     parser.add_argument("--lora_rank", type=int, help="train adapters only")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
