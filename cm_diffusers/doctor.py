@@ -26,6 +26,7 @@ from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients, gathered_at_once
 from cm_diffusers.training.objectives.pairs import PairObjective
 from cm_diffusers.training.runtime import end_training
+from cm_diffusers.training.saving import stored_scheduler
 from cm_diffusers.training.sharding import is_sharded, uses_zero
 from cm_diffusers.training.teacher import Teacher, load_teacher
 from cm_diffusers.training.trainer import ConsistencyTrainer
@@ -148,11 +149,17 @@ def _describe_run(trainer: ConsistencyTrainer) -> list[str]:
     return [
         f"dataset      {size}, given as {given}",
         f"student      {_count(student)} weights, boundary {scheduler.boundary}, sigma from {scheduler.sigma_min:.4g} "
-        f"to {scheduler.sigma_max:.4g}; loads in stock diffusers: {'yes' if trainer.scheduler.is_stock else 'no'}",
+        f"to {scheduler.sigma_max:.4g}; loads in stock diffusers: {'yes' if _is_stock(trainer) else 'no'}",
         f"run          steps: {steps}; batch {trainer.global_batch_size} = {config.batch_size} x "
         f"{config.gradient_accumulation_steps} micro-steps x {trainer.accelerator.num_processes} processes on "
         f"{trainer.accelerator.device}, precision {trainer.accelerator.mixed_precision}",
     ]
+
+
+def _is_stock(trainer: ConsistencyTrainer) -> bool:
+    if trainer.text is None:
+        return trainer.scheduler.is_stock
+    return stored_scheduler(trainer.scheduler) is not trainer.scheduler
 
 
 def _examine_teacher_on_images(found: Diagnosis, trainer: ConsistencyTrainer) -> None:

@@ -27,11 +27,13 @@ def sample(arguments: Sequence[str]) -> None:
     parser.add_argument("--sigmas", type=float, nargs="+", help="noise levels to step through, instead of --steps")
     parser.add_argument("--class_labels", type=int, nargs="+", help="one label for all images, or one for each")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--batch_size", type=int, help="images at once (default: 64, and 4 of --prompts)")
     add_guidance(parser, of_text=True)
     add_model_options(parser)
     parser.add_argument("--output_dir", default="outputs/samples", help="where the images go")
     options = parser.parse_args(arguments)
+    if options.batch_size is None:
+        options.batch_size = 64 if options.prompts is None else 4
     if options.num_images < 1 or options.batch_size < 1:
         parser.error("--num_images and --batch_size must be positive.")
     if options.prompts is None and options.base is not None:

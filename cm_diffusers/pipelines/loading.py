@@ -16,6 +16,7 @@ from cm_diffusers.schedulers import ConsistencyScheduler
 LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
 ADAPTERS = "pytorch_lora_weights.safetensors"  # the file that diffusers keeps them in
 PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
+OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download")
 
 
 def load_pipeline(path: str | Path, base: Any = None, revision: str | None = None, **options: Any) -> Any:
@@ -40,14 +41,14 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         ```
     """
     place = str(path)
-    index = _index(place, revision)
+    index = _index(place, revision, **_of_the_hub(options))
     if index is None:
         return _load_adapters(place, base, revision, options)
     if base is not None:
         raise ValueError(f"`base` is for adapters, and {place!r} holds a whole pipeline.")
     if "text_encoder" not in index:
         return ConsistencyPipeline.from_pretrained(place, revision=revision, **options)
-    folder = _fetch(place, revision)
+    folder = _fetch(place, revision, [f"*/{part}" for part in PARTS] + ["model_index.json"], options)
     scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
     return DiffusionPipeline.from_pretrained(folder, scheduler=scheduler, **options)
 
@@ -70,27 +71,37 @@ def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None
         )
 
 
-def _index(place: str, revision: str | None) -> Mapping[str, Any] | None:
+def _index(place: str, revision: str | None, **options: Any) -> Mapping[str, Any] | None:
     """The index of a pipeline; `None` where there is none."""
     try:
-        index: Mapping[str, Any] = DiffusionPipeline.load_config(place, revision=revision)
+        index: Mapping[str, Any] = DiffusionPipeline.load_config(place, revision=revision, **options)
     except (OSError, ValueError):
         return None
     return index
 
 
-def _fetch(place: str, revision: str | None) -> str:
+def _of_the_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that say how to download."""
+    return {name: options[name] for name in OF_THE_HUB if options.get(name) is not None}
+
+
+def _fetch(place: str, revision: str | None, patterns: list[str], options: Mapping[str, Any]) -> str:
     """The folder of a student: diffusers' own download refuses repositories whose scheduler is none of diffusers."""
     if Path(place).is_dir():
         return place
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(place, revision=revision, allow_patterns=PARTS)
+    variant = options.get("variant")
+    others = ["*.fp16.*", "*.non_ema.*", "*.bf16.*"]
+    ignored = [pattern for pattern in others if variant is None or f".{variant}." not in pattern]
+    return snapshot_download(
+        place, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, **_of_the_hub(options)
+    )
 
 
 def _load_adapters(place: str, base: Any, revision: str | None, options: dict[str, Any]) -> Any:
     try:
-        folder = Path(_fetch(place, revision))
+        folder = Path(_fetch(place, revision, PARTS, options))
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no pipeline, and there are no adapters, at {place!r}: {error}") from error
     if not list(folder.glob("*.safetensors")):

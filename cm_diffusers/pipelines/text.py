@@ -23,6 +23,11 @@ def is_told_guidance(pipeline: Any) -> bool:
     return pipeline.unet.config.time_cond_proj_dim is not None
 
 
+def overflows_in_half(pipeline: Any) -> bool:
+    """Whether its VAE needs float32: SDXL's may. All VAEs say so by default, and stock pipelines ask SDXL's alone."""
+    return hasattr(pipeline, "text_encoder_2") and bool(pipeline.vae.config.force_upcast)
+
+
 def resolve_guidance(pipeline: Any, guidance_scale: float | None) -> float:
     """The guidance scale that was asked for; otherwise 8.5 for a network that is told it, and 1, which is off.
 
@@ -85,7 +90,7 @@ def draw_prompts(
 def _decode(pipeline: Any, latents: Tensor) -> Tensor:
     """The pictures of latents, decoded one by one: a VAE takes more memory than the network did."""
     vae, config = pipeline.vae, pipeline.vae.config
-    if vae.dtype == torch.float16 and config.force_upcast:  # it overflows
+    if vae.dtype == torch.float16 and overflows_in_half(pipeline):
         vae = copy.deepcopy(vae).float()
     latents = latents.to(vae.dtype)
     mean, std = (_per_channel(getattr(config, name, None), latents) for name in ("latents_mean", "latents_std"))

@@ -71,17 +71,19 @@ class TextInputs:
     guidance_range: tuple[float, float] | None = None
 
     def __call__(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        captions = batch["captions"]
+        encoded: Batch = {**batch, **self.text.encode_prompts(batch["captions"])}
         if self.dropout:
-            dropped = (random.uniform() < self.dropout).tolist()
-            captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        latents, conditioning = self.of_teacher({**batch, "captions": captions}, random)
+            encoded = _without_captions(self.text, encoded, random.uniform() < self.dropout)
+        latents, conditioning = self._read(encoded, random)
         return latents, conditioning | _draw_guidance(self.guidance_range, random, latents.device)
 
     def of_teacher(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        images, embeddings = batch["images"], self.text.encode_prompts(batch["captions"])
+        return self._read({**batch, **self.text.encode_prompts(batch["captions"])}, random)
+
+    def _read(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        images = batch["images"]
         height, width = images.shape[-2:]
-        conditioning = self.text.conditioning(embeddings, batch["sizes"], (height, width))
+        conditioning = self.text.conditioning(batch, batch["sizes"], (height, width))
         return self.text.encode_images(images, random), conditioning
 
 
@@ -104,7 +106,7 @@ class CachedInputs:
 
     def __call__(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         if self.dropout:
-            batch = self._without_captions(batch, random.uniform() < self.dropout)
+            batch = _without_captions(self.text, batch, random.uniform() < self.dropout)
         latents, conditioning = self.of_teacher(batch, random)
         return latents, conditioning | _draw_guidance(self.guidance_range, random, latents.device)
 
@@ -115,14 +117,15 @@ class CachedInputs:
         conditioning = self.text.conditioning(embeddings, batch["sizes"], (height, width))
         return self.text.scale(mean, std, random), conditioning
 
-    def _without_captions(self, batch: Batch, dropped: Tensor) -> Batch:
-        """The batch with the empty caption for those that are `dropped`, of shape `(batch,)`."""
-        dropped = send(dropped, batch["latent_mean"].device)
-        replaced = {
-            name: torch.where(dropped.view(-1, *[1] * (empty.ndim - 1)), empty.to(batch[name]), batch[name])
-            for name, empty in self.text.empty_caption().items()
-        }
-        return {**batch, **replaced}
+
+def _without_captions(text: TextToImage, batch: Batch, dropped: Tensor) -> Batch:
+    """The batch with what stands for no caption, for those that are `dropped`, of shape `(batch,)`."""
+    dropped = send(dropped, batch["prompt_embeds"].device)
+    replaced = {
+        name: torch.where(dropped.view(-1, *[1] * (empty.ndim - 1)), empty.to(batch[name]), batch[name])
+        for name, empty in text.empty().items()
+    }
+    return {**batch, **replaced}
 
 
 def _draw_guidance(

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a checkpoint's config and the run that resumes it.
 FREE_TO_CHANGE = frozenset(
-    "output_dir resume logging_steps sample_steps num_samples sample_nfes tracker checkpoint_steps checkpoint_limit "
-    "teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout eval_steps eval_features "
-    "eval_num_images eval_num_reference eval_nfes eval_clip "
+    "output_dir resume logging_steps sample_steps num_samples sample_nfes sample_prompts tracker checkpoint_steps "
+    "checkpoint_limit teacher_check few_step_sigmas on_bad_image max_bad_steps distributed_timeout eval_steps "
+    "eval_features eval_num_images eval_num_reference eval_nfes eval_clip "
     "push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
     # How the work is done, not what is computed, up to rounding. The global batch is compared instead of its parts,
     # and the precision that accelerate settled on instead of what it was asked for.

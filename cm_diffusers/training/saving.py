@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_diffusers.pipelines.stored import StoredPipeline
+from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.lora import save_adapters
 
 PARTIAL = ".student-"
@@ -32,6 +33,17 @@ def clean(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def stored_scheduler(scheduler: ConsistencyScheduler) -> Any:
+    """The scheduler that a text-to-image student is saved with: an `LCMScheduler` where that samples alike."""
+    config = scheduler.config
+    if config.boundary != "lcm" or config.original_inference_steps is None or config.few_step_sigmas is not None:
+        return scheduler
+    try:
+        return scheduler.to_lcm()
+    except ValueError:  # of something else that it does not know
+        return scheduler
+
+
 def save_student(pipeline: Any, folder: Path) -> None:
     """Save a student: its pipeline, or its adapters alone where it has any, with its scheduler.
 
@@ -41,7 +53,7 @@ def save_student(pipeline: Any, folder: Path) -> None:
         pipeline.save_pretrained(folder)
         return
     scheduler = pipeline.scheduler
-    stock = scheduler.to_lcm() if scheduler.config.boundary == "lcm" else scheduler
+    stock = stored_scheduler(scheduler)
     if hasattr(pipeline.unet, "peft_config"):
         save_adapters(pipeline, folder)
         stock.save_pretrained(folder / "scheduler")

@@ -70,7 +70,7 @@ def restore_weights(network: nn.Module, file: Path, is_main: bool, distributed: 
     """Give a network its weights back. Only the main process reads the file."""
     tensors = load_file(file) if is_main or not distributed else {}
     if hasattr(network, "peft_config"):
-        network.load_state_dict(load_file(file), strict=False)
+        set_model_state_dict(network, tensors, options=_options(broadcast_from_rank0=distributed, strict=False))
     elif any(map(zero.is_partitioned, network.parameters())):
         zero.restore_weights(network, tensors)
     else:

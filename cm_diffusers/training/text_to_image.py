@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from cm_diffusers.pipelines.text import overflows_in_half
 from cm_diffusers.training.randomness import SampleRandom
 
+PIXELS_AT_ONCE = 2**20  # four pictures of 512 x 512, or one of 1024 x 1024
 ENCODERS = ("text_encoder", "text_encoder_2", "vae")
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Stock pipelines print what does not fit into a prompt of 77 tokens: of many captions, at every step."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 class TextToImage:
@@ -50,7 +65,7 @@ class TextToImage:
             module = getattr(self.pipeline, name, None)
             if module is None:
                 continue
-            wide = name == "vae" and module.config.force_upcast
+            wide = name == "vae" and overflows_in_half(self.pipeline)
             # As a module of torch: diffusers warns of what a model class might have to say against it.
             module = nn.Module.to(copy.deepcopy(module), device, torch.float32 if wide else dtype)
             setattr(encoders, name, module.eval().requires_grad_(False))
@@ -62,6 +77,18 @@ class TextToImage:
 
         found = {name: getattr(self.pipeline, name, None) for name in ENCODERS}
         return {name: network_digest(module) for name, module in found.items() if module is not None}
+
+    def forget_network(self, teacher: Any) -> None:
+        """Hold the teacher's network as the run has it, and no longer the pipeline's own: that may be another copy."""
+        self.pipeline = copy.copy(self.pipeline)
+        self.pipeline.unet = teacher
+
+    def ready(self, student: Any) -> Any:
+        """A student's pipeline with copies of the encoders where its network is, and in its precision."""
+        weight = student.unet.conv_in.weight
+        parts = {name: getattr(self.pipeline, name) for name in ENCODERS if getattr(student, name, None) is not None}
+        moved = {name: nn.Module.to(copy.deepcopy(part), weight.device, weight.dtype) for name, part in parts.items()}
+        return type(student)(**{**student.components, **moved}, **self._flags())
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -93,11 +120,14 @@ class TextToImage:
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, in float32."""
-        vae = self._encoders.vae
+        """Mean and standard deviation of the VAE's latents, in float32.
+
+        Large pictures are encoded in parts: a VAE takes more memory for one than the network does.
+        """
+        vae, at_once = self._encoders.vae, max(1, PIXELS_AT_ONCE // images[0, 0].numel())
         with torch.autocast(images.device.type, enabled=False):
-            found = vae.encode(images.to(vae.dtype)).latent_dist
-        return found.mean.float(), found.std.float()
+            found = [vae.encode(part.to(vae.dtype)).latent_dist for part in images.split(at_once)]
+        return torch.cat([one.mean for one in found]).float(), torch.cat([one.std for one in found]).float()
 
     def scale(self, mean: Tensor, std: Tensor, random: SampleRandom) -> Tensor:
         """Latents as the network knows them, drawn from their posterior."""
@@ -120,7 +150,7 @@ class TextToImage:
         """
         encoders = self._encoders
         device = encoders.vae.device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _without_warnings():
             found = encoders.encode_prompt(
                 prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
@@ -142,18 +172,13 @@ class TextToImage:
             told["added_cond_kwargs"] = {"text_embeds": embeddings["pooled_prompt_embeds"], "time_ids": ids}
         return told
 
-    def empty_caption(self) -> dict[str, Tensor]:
-        """What the text encoders say of a caption that is left empty; batches of one."""
-        if not self._empty:
-            self._empty = self.encode_prompts([""])
-        return self._empty
-
     def empty(self) -> dict[str, Tensor]:
         """The embeddings of a prompt that says nothing, as the pipeline takes it for guidance; batches of one."""
-        found = self.empty_caption()
-        if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
-            return {name: torch.zeros_like(value) for name, value in found.items()}
-        return found
+        if not self._empty:
+            self._empty = self.encode_prompts([""])
+            if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
+                self._empty = {name: torch.zeros_like(value) for name, value in self._empty.items()}
+        return self._empty
 
     def without_text(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         """The same conditioning, with a prompt that says nothing."""

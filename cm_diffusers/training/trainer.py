@@ -147,6 +147,11 @@ class ConsistencyTrainer:
         if source is not None:
             teacher = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
             if config.lora_rank:  # whose weights are the student's, too
+                if config.teacher_dtype != "float32" and precision(self.accelerator) == "no":
+                    raise ValueError(
+                        f"`lora_rank` with `teacher_dtype={config.teacher_dtype!r}` needs `mixed_precision`: adapters "
+                        "are in float32, and their network is not."
+                    )
                 teacher.unet = in_precision(teacher.unet, config)
             return teacher
         if self.config.source == "teacher":
@@ -158,9 +163,10 @@ class ConsistencyTrainer:
         in_parts = is_sharded(self.accelerator)
         unet = lay_out(config, unet.to(self.accelerator.device).train(), in_parts)
         if self.teacher is not None:
-            self.teacher.unet = lay_out(config, in_precision(self.teacher.unet.to(self.accelerator.device), config))
-        if self.text is not None:
-            self.text.prepare(self.accelerator.device, getattr(torch, config.teacher_dtype))
+            self.teacher.unet = lay_out(config, in_precision(self.teacher.unet, config).to(self.accelerator.device))
+            if self.text is not None:
+                self.text.forget_network(self.teacher.unet)
+                self.text.prepare(self.accelerator.device, getattr(torch, config.teacher_dtype))
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.averages = Averages(config, unet, self.global_batch_size)
@@ -225,7 +231,7 @@ class ConsistencyTrainer:
         if self.config.push_to_hub:
             self.push_to_hub()
         end_training(self.accelerator, self.student)
-        return pipeline
+        return pipeline if self.text is None else self.text.ready(pipeline)
 
     def _after(self, record: StepRecord) -> bool:
         try:
@@ -279,7 +285,9 @@ class ConsistencyTrainer:
             return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
         largest = max(math.prod(shape) for shape in self.dataset.fields.values())
-        batch = self.stepper.to_device(first_images(self.dataset, max(8, min(256, 2**20 // largest))))
+        batch = self.stepper.to_device(
+            first_images(self.dataset, max(2 if self.text else 8, min(256, 2**20 // largest)))
+        )
         random = SampleRandom(batch["seed"], self.accelerator.device)
         images, conditioning = self.inputs.of_teacher(batch, random)
         return check_teacher(self.teacher, images, **conditioning)

@@ -15,6 +15,7 @@ from cm_diffusers import ConsistencyConfig, ConsistencyTrainer, load_pipeline
 from cm_diffusers.doctor import measure_footprint
 from cm_diffusers.guidance import GuidedDenoiser
 from cm_diffusers.networks import guidance_embedding, network_output
+from cm_diffusers.training import text_to_image
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.text_to_image import TextToImage
 
@@ -68,6 +69,24 @@ def test_a_full_lcm_student_is_a_stock_pipeline(tmp_path, captioned, teacher):
     torch.testing.assert_close(latents(ours, 8.5), expected, rtol=0, atol=0)
     torch.testing.assert_close(latents(stock, 8.5), expected, rtol=1e-4, atol=1e-4)
     assert not torch.equal(latents(ours, 3.0), expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"few_step_sigmas": {"2": [10.0, 1.0]}}, {"method": "cd", "boundary": "lcm", "sigma_max": 10.0}]
+)
+def test_what_no_stock_scheduler_samples_alike_keeps_ours(tmp_path, captioned, changes):
+    student = train(tmp_path, captioned, **changes)
+    ours = load_pipeline(tmp_path)
+    assert dict(ours.scheduler.config)["few_step_sigmas"] == dict(student.scheduler.config)["few_step_sigmas"]
+    torch.testing.assert_close(latents(ours), latents(student), rtol=0, atol=0)
+
+
+def test_large_pictures_are_encoded_in_parts(monkeypatch):
+    text, images = TextToImage(make_stable_diffusion()), torch.rand(5, 3, 16, 16) * 2 - 1
+    whole = text.posterior(images)
+    monkeypatch.setattr(text_to_image, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    for one, other in zip(text.posterior(images), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
@@ -150,10 +169,12 @@ def test_the_doctor_counts_what_adapters_share_once(tmp_path, captioned):
 
 
 def test_adapters_on_a_half_precision_network_are_trained_in_float32(tmp_path, captioned):
-    trainer = make_trainer(tmp_path, captioned, lora_rank=2, teacher_dtype="bfloat16")
+    half = {"teacher_dtype": "bfloat16", "mixed_precision": "bf16"}
+    trainer = make_trainer(tmp_path, captioned, lora_rank=2, **half)
     assert {weight.dtype for weight in trainer.teacher.unet.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in trainer.unet.parameters() if weight.requires_grad} == {torch.float32}
-    trainer.train()
+    pipe = trainer.train()
+    assert latents(pipe).isfinite().all()  # in one precision, whatever the encoders had
     assert all(value.isfinite().all() for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values())
 
 
@@ -168,7 +189,7 @@ def test_the_guided_teacher_is_asked_once(tmp_path, captioned):
 def test_the_callers_pipeline_stays_as_it_is(tmp_path, captioned):
     pipe = make_sdxl()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    train(tmp_path, captioned, teacher=pipe, lora_rank=2, teacher_dtype="bfloat16")
+    train(tmp_path, captioned, teacher=pipe, lora_rank=2, teacher_dtype="bfloat16", mixed_precision="bf16")
     assert pipe.vae.dtype == pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -323,6 +344,7 @@ def test_embeddings_are_told_in_the_networks_precision():
         ({"boundary": "euler"}, "boundary 'lcm'"),
         ({"resolution": 17}, "multiple of the VAE's 2"),
         ({"method": "meanflow"}, "without text"),
+        ({"lora_rank": 2, "teacher_dtype": "float16"}, "mixed_precision"),
     ],
 )
 def test_what_does_not_go_with_text_is_refused(tmp_path, captioned, changes, message):
