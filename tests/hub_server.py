@@ -15,7 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import yaml
+
+from cm_diffusers.hub import push
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Weights go through git-lfs, as on the Hub.
@@ -291,3 +294,15 @@ def serve_writable(root: Path) -> Iterator[tuple[str, State]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def connected(folder: Path, monkeypatch: Any) -> Iterator[tuple[str, State]]:
+    """The address and the state of a hub; this process's client talks to it, and does not wait long."""
+    with serve_writable(folder) as (endpoint, state):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(push, "FIRST_PAUSE", 0.01)
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield endpoint, state

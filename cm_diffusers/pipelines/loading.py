@@ -11,12 +11,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
+from cm_diffusers.pipelines.stored import download_options
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
 ADAPTERS = "pytorch_lora_weights.safetensors"  # the file that diffusers keeps them in
 PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
-OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download")
 
 
 def load_pipeline(path: str | Path, base: Any = None, revision: str | None = None, **options: Any) -> Any:
@@ -41,14 +41,16 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         ```
     """
     place = str(path)
-    index = _index(place, revision, **_of_the_hub(options))
+    hub = download_options({**options, "revision": revision})
+    index = _index(place, hub)
     if index is None:
-        return _load_adapters(place, base, revision, options)
+        return _load_adapters(place, base, hub, options)
     if base is not None:
         raise ValueError(f"`base` is for adapters, and {place!r} holds a whole pipeline.")
     if "text_encoder" not in index:
         return ConsistencyPipeline.from_pretrained(place, revision=revision, **options)
-    folder = _fetch(place, revision, [f"*/{part}" for part in PARTS] + ["model_index.json"], options)
+    patterns = [f"*/{part}" for part in PARTS] + ["model_index.json"]
+    folder = _fetch(place, patterns, hub, options.get("variant"))
     scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
     return DiffusionPipeline.from_pretrained(folder, scheduler=scheduler, **options)
 
@@ -62,7 +64,7 @@ def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None
     Raises:
         `ValueError`: if it does, or is a folder of adapters; it says what takes such a student.
     """
-    index = _index(str(path), revision)
+    index = _index(str(path), download_options({"revision": revision}))
     of_text = (Path(path) / ADAPTERS).exists() if index is None else "text_encoder" in index
     if of_text:
         raise ValueError(
@@ -71,37 +73,29 @@ def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None
         )
 
 
-def _index(place: str, revision: str | None, **options: Any) -> Mapping[str, Any] | None:
+def _index(place: str, hub: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The index of a pipeline; `None` where there is none."""
     try:
-        index: Mapping[str, Any] = DiffusionPipeline.load_config(place, revision=revision, **options)
+        index: Mapping[str, Any] = DiffusionPipeline.load_config(place, **hub)
     except (OSError, ValueError):
         return None
     return index
 
 
-def _of_the_hub(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that say how to download."""
-    return {name: options[name] for name in OF_THE_HUB if options.get(name) is not None}
-
-
-def _fetch(place: str, revision: str | None, patterns: list[str], options: Mapping[str, Any]) -> str:
+def _fetch(place: str, patterns: list[str], hub: Mapping[str, Any], variant: str | None) -> str:
     """The folder of a student: diffusers' own download refuses repositories whose scheduler is none of diffusers."""
     if Path(place).is_dir():
         return place
     from huggingface_hub import snapshot_download
 
-    variant = options.get("variant")
     others = ["*.fp16.*", "*.non_ema.*", "*.bf16.*"]
     ignored = [pattern for pattern in others if variant is None or f".{variant}." not in pattern]
-    return snapshot_download(
-        place, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, **_of_the_hub(options)
-    )
+    return snapshot_download(place, allow_patterns=patterns, ignore_patterns=ignored, **hub)
 
 
-def _load_adapters(place: str, base: Any, revision: str | None, options: dict[str, Any]) -> Any:
+def _load_adapters(place: str, base: Any, hub: Mapping[str, Any], options: dict[str, Any]) -> Any:
     try:
-        folder = Path(_fetch(place, revision, PARTS, options))
+        folder = Path(_fetch(place, PARTS, hub, options.get("variant")))
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no pipeline, and there are no adapters, at {place!r}: {error}") from error
     if not list(folder.glob("*.safetensors")):

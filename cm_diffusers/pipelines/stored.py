@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS
+
+# Of `from_pretrained`, what says how to download.
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of `from_pretrained` that say how to download, for the Hub's own client."""
+    return {name: options[name] for name in OF_THE_HUB if options.get(name) is not None}
 
 
 class StoredPipeline(DiffusionPipeline):
@@ -77,12 +86,7 @@ class StoredPipeline(DiffusionPipeline):
         """
         from huggingface_hub import snapshot_download
 
-        passed = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
-            if kwargs.get(name) is not None
-        }
         variant = kwargs.get("variant")
         weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         patterns = ["*.json", weights] + ([f"*.safetensors.index.{variant}.json"] if variant else [])
-        return snapshot_download(str(pretrained_model_name), allow_patterns=patterns, **passed)
+        return snapshot_download(str(pretrained_model_name), allow_patterns=patterns, **download_options(kwargs))

@@ -71,51 +71,37 @@ class TextInputs:
     guidance_range: tuple[float, float] | None = None
 
     def __call__(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        encoded: Batch = {**batch, **self.text.encode_prompts(batch["captions"])}
-        if self.dropout:
-            encoded = _without_captions(self.text, encoded, random.uniform() < self.dropout)
-        latents, conditioning = self._read(encoded, random)
-        return latents, conditioning | _draw_guidance(self.guidance_range, random, latents.device)
-
-    def of_teacher(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        return self._read({**batch, **self.text.encode_prompts(batch["captions"])}, random)
-
-    def _read(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        images = batch["images"]
-        height, width = images.shape[-2:]
-        conditioning = self.text.conditioning(batch, batch["sizes"], (height, width))
-        return self.text.encode_images(images, random), conditioning
-
-
-@dataclass(frozen=True)
-class CachedInputs:
-    """What [`TextInputs`] makes of pictures and captions, from what a cache holds of them.
-
-    Latents are drawn from their posteriors anew each time, with the same random numbers as those of pictures.
-
-    Args:
-        text ([`~cm_diffusers.training.text_to_image.TextToImage`]): the encoders that the cache is made with. They
-            encode nothing but the empty caption.
-        dropout (`float`): share of the captions that are left empty.
-        guidance_range (`tuple[float, float]`, *optional*): as for [`TextInputs`].
-    """
-
-    text: TextToImage
-    dropout: float = 0.0
-    guidance_range: tuple[float, float] | None = None
-
-    def __call__(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        batch = self._embedded(batch)
         if self.dropout:
             batch = _without_captions(self.text, batch, random.uniform() < self.dropout)
-        latents, conditioning = self.of_teacher(batch, random)
+        latents, conditioning = self._read(batch, random)
         return latents, conditioning | _draw_guidance(self.guidance_range, random, latents.device)
 
     def of_teacher(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        mean, std = batch["latent_mean"].float(), batch["latent_std"].float()
+        return self._read(self._embedded(batch), random)
+
+    def _read(self, batch: Batch, random: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        mean, std = self._posterior(batch)
         height, width = (length * self.text.shrinks_by for length in mean.shape[-2:])
-        embeddings = {name: batch[name].float() for name in EMBEDDINGS if name in batch}
-        conditioning = self.text.conditioning(embeddings, batch["sizes"], (height, width))
-        return self.text.scale(mean, std, random), conditioning
+        return self.text.scale(mean, std, random), self.text.conditioning(batch, batch["sizes"], (height, width))
+
+    def _embedded(self, batch: Batch) -> Batch:
+        """The batch with the embeddings of its captions."""
+        return {**batch, **self.text.encode_prompts(batch["captions"])}
+
+    def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of its latents."""
+        return self.text.posterior(batch["images"])
+
+
+class CachedInputs(TextInputs):
+    """The same of what a cache holds of pictures and captions, with the same random numbers as those of pictures."""
+
+    def _embedded(self, batch: Batch) -> Batch:
+        return {**batch, **{name: batch[name].float() for name in EMBEDDINGS if name in batch}}
+
+    def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch["latent_mean"].float(), batch["latent_std"].float()
 
 
 def _without_captions(text: TextToImage, batch: Batch, dropped: Tensor) -> Batch:

@@ -22,14 +22,40 @@ from cm_diffusers.training.images import ImageSpec
 from cm_diffusers.training.inputs import CachedInputs, Inputs, PixelInputs, TextInputs
 from cm_diffusers.training.latent_cache import CachedLatents
 from cm_diffusers.training.lora import with_adapters
+from cm_diffusers.training.runtime import in_precision
 from cm_diffusers.training.schedules import default_learning_rate, grid_length
 from cm_diffusers.training.student import add_guidance, add_second_time, make_student
-from cm_diffusers.training.teacher import Teacher
+from cm_diffusers.training.teacher import Teacher, load_teacher
 from cm_diffusers.training.text_cache import check_cache, is_cache, open_cache
 from cm_diffusers.training.text_to_image import TextToImage
 
 # At 1280 channels LCM-LoRA learns with 1e-4, five times the rate for all weights.
 ADAPTERS_LEARN_FASTER = 5
+
+
+def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> Teacher | None:
+    """The teacher of a run; its weights are a student's of adapters, too, and then in `teacher_dtype` from the start.
+
+    Args:
+        source (*optional*): as for `load_teacher`.
+        precision (`str`): of the run's passes forward.
+
+    Raises:
+        `ValueError`: if there is none where one is needed, or adapters could not be trained on it.
+    """
+    if source is None:
+        if config.source == "teacher":
+            raise ValueError(f"`method={config.method!r}` needs a `teacher`.")
+        return None
+    teacher = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
+    if config.lora_rank:
+        if config.teacher_dtype != "float32" and precision == "no":
+            raise ValueError(
+                f"`lora_rank` with `teacher_dtype={config.teacher_dtype!r}` needs `mixed_precision`: adapters are in "
+                "float32, and their network is not."
+            )
+        teacher.unet = in_precision(teacher.unet, config)
+    return teacher
 
 
 def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple[Any, ConsistencyScheduler]:
@@ -52,10 +78,7 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
         scheduler = ConsistencyScheduler(**overrides)
     else:
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
-    if teacher is not None and teacher.text is not None and config.resolution is not None:
-        size: Any = latent_size(config.resolution, teacher.text)
-    else:
-        size = config.resolution or unet.config.sample_size or 64
+    size = _asked_size(config, None if teacher is None else teacher.text) or unet.config.sample_size or 64
     return unet, _describe_training(config, scheduler, size)
 
 
@@ -86,6 +109,13 @@ def _skips(config: ConsistencyConfig, teacher: Teacher) -> int:
             f"{type(teacher.scheduler).__name__} has {timesteps}."
         )
     return int(timesteps // interval)
+
+
+def _asked_size(config: ConsistencyConfig, text: TextToImage | None) -> int | None:
+    """The size of the network's images that the config asks for, if it does."""
+    if config.resolution is None or text is None:
+        return config.resolution
+    return latent_size(config.resolution, text)
 
 
 def latent_size(resolution: int, text: TextToImage) -> int:
@@ -120,6 +150,18 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
     if now.few_step_sigmas is None and now.sigma_min < second < now.sigma_max:
         changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
     return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})
+
+
+def check_steps(config: ConsistencyConfig, scheduler: ConsistencyScheduler) -> None:
+    """Refuse numbers of sampling steps that the student could not take."""
+    scheduler = ConsistencyScheduler.from_config(scheduler.config)
+    sampled, evaluated = config.sample_nfes * bool(config.sample_steps), config.eval_nfes * bool(config.eval_steps)
+    for name, nfes in (("sample_nfes", sampled), ("eval_nfes", evaluated)):
+        for nfe in nfes:
+            try:
+                scheduler.set_timesteps(nfe)
+            except ValueError as error:
+                raise ValueError(f"`{name}` holds {nfe}, which the student cannot take: {error}") from error
 
 
 def with_learning_rates(config: ConsistencyConfig, unet: Any) -> ConsistencyConfig:
@@ -190,8 +232,7 @@ def _image_spec(
     config: ConsistencyConfig, unet: Any, scheduler: ConsistencyScheduler, text: TextToImage | None
 ) -> ImageSpec:
     """The images of the dataset; the network learns their size."""
-    if config.resolution is not None:
-        size = config.resolution if text is None else latent_size(config.resolution, text)
+    if (size := _asked_size(config, text)) is not None:
         unet.register_to_config(sample_size=size)
     if text is not None:
         return picture_spec(config, text)

@@ -8,34 +8,37 @@ from typing import Any
 
 import numpy as np
 
-from cm_diffusers.network_config import class_labels
+from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.pipelines.text import draw_prompts, prompts_in_turn
 from cm_diffusers.training.config import ConsistencyConfig
+from cm_diffusers.training.loading import first_images
 from cm_diffusers.training.randomness import generators, labels_in_turn
+from cm_diffusers.training.text_to_image import TextToImage
 
 # From seeds and a number of steps to as many images of shape `(height, width, channels)`, with values in [0, 1].
 Draw = Callable[[Sequence[int], int], np.ndarray]
 
 
-def of_classes(pipeline: Any) -> Draw:
-    """The images of a [`ConsistencyPipeline`]; of a class-conditional one, of all classes in turn."""
-    return functools.partial(_draw_classes, pipeline)
-
-
-def _draw_classes(pipeline: Any, seeds: Sequence[int], nfe: int) -> np.ndarray:
-    classes = class_labels(pipeline.unet.config, pipeline.config.null_class_label)
-    options = {"num_inference_steps": nfe, "generator": generators(seeds), "output_type": "np"}
-    images: np.ndarray = pipeline(batch_size=len(seeds), class_labels=labels_in_turn(classes, seeds), **options).images
-    return images
-
-
-def of_prompts(pipeline: Any, prompts: Sequence[str], guidance_scale: float) -> Draw:
-    """The images of a text-to-image pipeline, of some prompts in turn.
+def drawing(pipeline: Any, config: ConsistencyConfig, text: TextToImage | None, dataset: Any) -> Draw:
+    """How a run draws from its student's pipeline: all classes in turn, or prompts.
 
     Args:
-        guidance_scale (`float`): that the student is told; 1 for one that is not told any.
+        text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): of a student that takes prompts. They
+            are the config's, or the first captions of the `dataset`.
     """
-    return functools.partial(_draw_prompts, pipeline, prompts, guidance_scale)
+    pipeline.set_progress_bar_config(disable=True)
+    if text is None:
+        return functools.partial(_draw_classes, pipeline)
+    count = min(config.num_samples, 64)
+    prompts = config.sample_prompts or first_images(dataset, count).get("captions", [""])
+    return functools.partial(_draw_prompts, text.on_device(pipeline), prompts, told_guidance(config))
+
+
+def _draw_classes(pipeline: ConsistencyPipeline, seeds: Sequence[int], nfe: int) -> np.ndarray:
+    options = {"num_inference_steps": nfe, "generator": generators(seeds), "output_type": "np"}
+    labels = labels_in_turn(pipeline.classes, seeds)
+    images: np.ndarray = pipeline(batch_size=len(seeds), class_labels=labels, **options).images
+    return images
 
 
 def _draw_prompts(

@@ -60,23 +60,17 @@ class TextToImage:
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put copies of the encoders where the run is. A VAE that half precision would overflow stays in float32."""
-        encoders = copy.copy(self.pipeline)
-        for name in ENCODERS:
-            module = getattr(self.pipeline, name, None)
-            if module is None:
-                continue
-            wide = name == "vae" and overflows_in_half(self.pipeline)
-            # As a module of torch: diffusers warns of what a model class might have to say against it.
-            module = nn.Module.to(copy.deepcopy(module), device, torch.float32 if wide else dtype)
-            setattr(encoders, name, module.eval().requires_grad_(False))
-        self._encoders, self._empty = encoders, {}
+        wide = torch.float32 if overflows_in_half(self.pipeline) else dtype
+        copies = _copies(self.pipeline, device, dtype, vae_dtype=wide)
+        self._encoders, self._empty = self._with(copies), {}
+        for module in copies.values():
+            module.eval().requires_grad_(False)
 
     def digests(self) -> dict[str, str]:
         """What tells the encoders of this pipeline from others, by their names: digests of their weights."""
         from cm_diffusers.evaluation.digests import network_digest
 
-        found = {name: getattr(self.pipeline, name, None) for name in ENCODERS}
-        return {name: network_digest(module) for name, module in found.items() if module is not None}
+        return {name: network_digest(module) for name, module in _encoders_of(self.pipeline).items()}
 
     def forget_network(self, teacher: Any) -> None:
         """Hold the teacher's network as the run has it, and no longer the pipeline's own: that may be another copy."""
@@ -86,14 +80,13 @@ class TextToImage:
     def ready(self, student: Any) -> Any:
         """A student's pipeline with copies of the encoders where its network is, and in its precision."""
         weight = student.unet.conv_in.weight
-        parts = {name: getattr(self.pipeline, name) for name in ENCODERS if getattr(student, name, None) is not None}
-        moved = {name: nn.Module.to(copy.deepcopy(part), weight.device, weight.dtype) for name, part in parts.items()}
-        return type(student)(**{**student.components, **moved}, **self._flags())
+        copies = _copies(self.pipeline, weight.device, weight.dtype, vae_dtype=weight.dtype)
+        return self._with({"unet": student.unet, "scheduler": student.scheduler, **copies})
 
     @property
     def modules(self) -> list[nn.Module]:
         """The encoders that are where the run is."""
-        return [module for name in ENCODERS if (module := getattr(self._encoders, name, None)) is not None]
+        return list(_encoders_of(self._encoders).values())
 
     @property
     def image_channels(self) -> int:
@@ -106,23 +99,16 @@ class TextToImage:
         return int(self.pipeline.vae_scale_factor)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, random: SampleRandom) -> Tensor:
-        """Latents of pictures, drawn from the VAE's posterior and scaled as the network knows them.
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents of pictures.
+
+        Large pictures are encoded in parts: a VAE takes more memory for one than the network does.
 
         Args:
             images (`Tensor` of shape `(batch, channels, height, width)`): in [-1, 1].
-            random ([`~cm_diffusers.training.randomness.SampleRandom`]): of the draw.
 
         Returns:
-            `Tensor` of shape `(batch, latent channels, height / factor, width / factor)`: in float32.
-        """
-        return self.scale(*self.posterior(images), random)
-
-    @torch.no_grad()
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, in float32.
-
-        Large pictures are encoded in parts: a VAE takes more memory for one than the network does.
+            two `Tensor`s of shape `(batch, latent channels, height / factor, width / factor)`: in float32.
         """
         vae, at_once = self._encoders.vae, max(1, PIXELS_AT_ONCE // images[0, 0].numel())
         with torch.autocast(images.device.type, enabled=False):
@@ -192,18 +178,30 @@ class TextToImage:
 
     def with_network(self, unet: Any, scheduler: Any) -> Any:
         """The same pipeline with another network and scheduler."""
-        return type(self.pipeline)(
-            **{**self.pipeline.components, "unet": unet, "scheduler": scheduler}, **self._flags()
-        )
+        return self._with({"unet": unet, "scheduler": scheduler})
 
     def on_device(self, student: Any) -> Any:
         """A student's pipeline with the encoders that are where the run is."""
-        placed = {name: getattr(self._encoders, name) for name in ENCODERS if hasattr(student, name)}
-        moved = type(student)(**{**student.components, **placed}, **self._flags())
+        placed = _encoders_of(self._encoders)
+        moved = self._with({"unet": student.unet, "scheduler": student.scheduler, **placed})
         moved.set_progress_bar_config(disable=True)
         return moved
 
-    def _flags(self) -> dict[str, Any]:
-        """The pipeline's settings that are no parts of it."""
-        config, parts = self.pipeline.config, self.pipeline.components
-        return {name: value for name, value in config.items() if name[0] != "_" and name not in parts}
+    def _with(self, parts: Mapping[str, Any]) -> Any:
+        """The same pipeline with other parts."""
+        config, components = self.pipeline.config, self.pipeline.components
+        flags = {name: value for name, value in config.items() if name[0] != "_" and name not in components}
+        return type(self.pipeline)(**{**components, **parts}, **flags)
+
+
+def _encoders_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The encoders that a pipeline has, by name."""
+    return {name: module for name in ENCODERS if (module := getattr(pipeline, name, None)) is not None}
+
+
+def _copies(pipeline: Any, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Copies of a pipeline's encoders, moved as modules of torch, as diffusers' own way warns of what it moves."""
+    return {
+        name: nn.Module.to(copy.deepcopy(module), device, vae_dtype if name == "vae" else dtype)
+        for name, module in _encoders_of(pipeline).items()
+    }

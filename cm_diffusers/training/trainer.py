@@ -28,11 +28,13 @@ from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.optimizers import make_optimizer
 from cm_diffusers.training.phases import Networks, Phase, make_phases
 from cm_diffusers.training.preparation import (
+    check_steps,
     identify,
     identify_scheduler,
     make_inputs,
     prepare_data,
     prepare_student,
+    prepare_teacher,
     with_learning_rates,
 )
 from cm_diffusers.training.randomness import SampleRandom
@@ -48,10 +50,10 @@ from cm_diffusers.training.runtime import (
     precision,
     settle,
 )
-from cm_diffusers.training.samples import Draw, of_classes, of_prompts, told_guidance
+from cm_diffusers.training.samples import drawing
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.stepping import Stepper
-from cm_diffusers.training.teacher import Teacher, TeacherReport, check_teacher, load_teacher, takes_text
+from cm_diffusers.training.teacher import TeacherReport, check_teacher, takes_text
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
 
 logger = logging.getLogger(__name__)
@@ -93,11 +95,11 @@ class ConsistencyTrainer:
         on_main(self.accelerator, self._check_publishing)
         set_seed(config.seed)
 
-        self.teacher = self._load_teacher(source)
+        self.teacher = prepare_teacher(config, source, precision(self.accelerator))
         self.text = None if self.teacher is None else self.teacher.text
         unet, self.scheduler = prepare_student(config, self.teacher)
         self.config = config = with_learning_rates(config, unet)
-        self._check_steps()
+        check_steps(config, self.scheduler)
         self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator, self.text)
         self.dataset_identity = identify(self.dataset)
         set_seed(config.seed, device_specific=True)
@@ -125,38 +127,11 @@ class ConsistencyTrainer:
 
     # Preparation ----------------------------------------------------------------------------------------------------
 
-    def _check_steps(self) -> None:
-        """Refuse numbers of sampling steps that the student could not take."""
-        config, scheduler = self.config, ConsistencyScheduler.from_config(self.scheduler.config)
-        sampled, evaluated = config.sample_nfes * bool(config.sample_steps), config.eval_nfes * bool(config.eval_steps)
-        for name, nfes in (("sample_nfes", sampled), ("eval_nfes", evaluated)):
-            for nfe in nfes:
-                try:
-                    scheduler.set_timesteps(nfe)
-                except ValueError as error:
-                    raise ValueError(f"`{name}` holds {nfe}, which the student cannot take: {error}") from error
-
     def _check_publishing(self) -> None:
         if self.config.push_to_hub:
             self.publisher.check()
         elif ignored := self.config.hub_options():
             logger.warning("%s: of no effect on the run without `push_to_hub`.", ", ".join(ignored))
-
-    def _load_teacher(self, source: Any) -> Teacher | None:
-        config = self.config
-        if source is not None:
-            teacher = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
-            if config.lora_rank:  # whose weights are the student's, too
-                if config.teacher_dtype != "float32" and precision(self.accelerator) == "no":
-                    raise ValueError(
-                        f"`lora_rank` with `teacher_dtype={config.teacher_dtype!r}` needs `mixed_precision`: adapters "
-                        "are in float32, and their network is not."
-                    )
-                teacher.unet = in_precision(teacher.unet, config)
-            return teacher
-        if self.config.source == "teacher":
-            raise ValueError(f"`method={self.config.method!r}` needs a `teacher`.")
-        return None
 
     def _prepare_networks(self, unet: Any) -> None:
         config = self.config
@@ -285,9 +260,8 @@ class ConsistencyTrainer:
             return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
         largest = max(math.prod(shape) for shape in self.dataset.fields.values())
-        batch = self.stepper.to_device(
-            first_images(self.dataset, max(2 if self.text else 8, min(256, 2**20 // largest)))
-        )
+        count = max(2 if self.text else 8, min(256, 2**20 // largest))
+        batch = self.stepper.to_device(first_images(self.dataset, count))
         random = SampleRandom(batch["seed"], self.accelerator.device)
         images, conditioning = self.inputs.of_teacher(batch, random)
         return check_teacher(self.teacher, images, **conditioning)
@@ -307,7 +281,8 @@ class ConsistencyTrainer:
                 values["mu"] = self.averages.mu_at(done - 1)
             self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
-            log_samples(self.accelerator, self.drawing(self.pipeline()), config, step, self.output_dir / "samples")
+            draw = drawing(self.pipeline(), config, self.text, self.dataset)
+            log_samples(self.accelerator, draw, config, step, self.output_dir / "samples")
             self.meter.restart_clock()
         if config.eval_steps and (step % config.eval_steps == 0 or last) and phase.is_method:
             self.evaluation(self.pipeline(), step)
@@ -320,24 +295,11 @@ class ConsistencyTrainer:
             self.meter.restart_clock()
 
     def pipeline(self) -> Any:
-        """The student with its evaluation weights: a [`ConsistencyPipeline`], or the teacher's kind if it takes text.
-
-        Called on all ranks.
-        """
+        """The student with its evaluation weights, of the teacher's kind if it takes text. Called on all ranks."""
         unet, scheduler = whole(self.averages.ema.network), ConsistencyScheduler.from_config(self.scheduler.config)
         if self.text is not None:
             return self.text.with_network(unet, scheduler)
         return ConsistencyPipeline(unet, scheduler, self.config.null_class_label)
-
-    def drawing(self, pipeline: Any) -> Draw:
-        """How samples are drawn from the student's pipeline."""
-        pipeline.set_progress_bar_config(disable=True)
-        if self.text is None:
-            return of_classes(pipeline)
-        config = self.config
-        count = min(config.num_samples, 64)
-        prompts = config.sample_prompts or first_images(self.dataset, count).get("captions", [""])
-        return of_prompts(self.text.on_device(pipeline), prompts, told_guidance(config))
 
     def save(self, pipeline: Any) -> None:
         """Save the student, then what is told of it."""
@@ -346,7 +308,8 @@ class ConsistencyTrainer:
             (self.output_dir / old).unlink(missing_ok=True)
         try:
             self.record(pipeline.unet).save(self.output_dir)
-            save_samples(self.drawing(pipeline), self.config, self.output_dir / SAMPLES)
+            draw = drawing(pipeline, self.config, self.text, self.dataset)
+            save_samples(draw, self.config, self.output_dir / SAMPLES)
         except Exception:  # whatever it is, the student is safe and matters more
             logger.warning("The student is saved, but without its record or samples:", exc_info=True)
 

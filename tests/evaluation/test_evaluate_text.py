@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from stable_diffusion import make_stable_diffusion
-from text_students import CAPTIONS, make_captioned, make_text_student, save_clip, save_text_student
-from torch import nn
+from text_students import CAPTIONS, Corners, make_captioned, make_text_student, save_clip, save_text_student
 
 from cm_diffusers.cli import main
 from cm_diffusers.evaluation import (
@@ -21,11 +20,6 @@ from cm_diffusers.evaluation import (
 
 REAL = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PROMPTS = Prompts(("a cat", "the dog", "left"), "three")
-
-
-class Corners(nn.Module):
-    def forward(self, images):
-        return images[..., :2, :2].float().flatten(1)
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +95,7 @@ def test_clip_needs_prompts(shared):
 def evaluate(shared, folder, student="student", *options):
     main([
         "evaluate", str(shared / student), "--dataset", str(shared / "cats"), "--features",
-        "test_evaluate_text:Corners", "--num_images", "6", "--batch_size", "4", "--output_dir", str(folder), *options,
+        "text_students:Corners", "--num_images", "6", "--batch_size", "4", "--output_dir", str(folder), *options,
     ])  # fmt: skip
     return Report.load(folder / "report.json")
 

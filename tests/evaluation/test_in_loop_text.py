@@ -9,7 +9,6 @@ from conftest import build_unet
 from diffusers import DDPMScheduler
 from stable_diffusion import make_sdxl, make_stable_diffusion
 from text_students import CAPTIONS, make_captioned, save_clip
-from torch import nn
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer, load_pipeline
 from cm_diffusers.evaluation import text_student_sampler
@@ -18,13 +17,8 @@ from cm_diffusers.evaluation.in_loop import read_history
 SETTINGS = {
     "method": "lcm", "batch_size": 4, "max_train_steps": 4, "teacher_check": False, "tracker": "none",
     "sample_steps": 0, "checkpoint_steps": 0, "num_samples": 1, "learning_rate": 1e-2, "eval_steps": 2,
-    "eval_features": "test_in_loop_text:Corners", "eval_num_images": 6, "eval_nfes": [1, 2],
+    "eval_features": "text_students:Corners", "eval_num_images": 6, "eval_nfes": [1, 2],
 }  # fmt: skip
-
-
-class Corners(nn.Module):
-    def forward(self, images):
-        return images[..., :2, :2].float().flatten(1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,11 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import build_unet
-from hub_server import serve_writable
+from hub_server import connected
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
 from cm_diffusers.cli import main
@@ -26,14 +25,9 @@ IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's address and state; this process's client talks to it, and does not wait long."""
-    with serve_writable(tmp_path / "hub") as (endpoint, state):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(push, "FIRST_PAUSE", 0.01)
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        yield endpoint, state
+    """The hub's address and state."""
+    with connected(tmp_path / "hub", monkeypatch) as found:
+        yield found
 
 
 def make_student(folder, stock=False):

@@ -5,36 +5,24 @@ import os
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
-from hub_server import serve_writable
+from hub_server import connected
 from stable_diffusion import make_stable_diffusion
 from text_students import make_captioned, make_text_student, save_text_student
-from torch import nn
 
 from cm_diffusers.cli import main
-from cm_diffusers.hub import push, push_to_hub, render_card
+from cm_diffusers.hub import push_to_hub, render_card
 
 LATENTS = "num_inference_steps=2, output_type='latent', generator=torch.Generator().manual_seed(0)).images"
 
 
-class Corners(nn.Module):
-    def forward(self, images):
-        return images[..., :2, :2].float().flatten(1)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's address and state; this process's client talks to it."""
-    with serve_writable(tmp_path / "hub") as (endpoint, state):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(push, "FIRST_PAUSE", 0.01)
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        yield endpoint, state
+    """The hub's address and state."""
+    with connected(tmp_path / "hub", monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
@@ -124,7 +112,7 @@ def test_an_evaluation_is_shown_while_it_is_of_these_weights(tmp_path, base, mon
     folder = save_text_student(tmp_path / "student", kind)
     make_captioned().save_to_disk(tmp_path / "cats")
     main([
-        "evaluate", str(folder), "--dataset", str(tmp_path / "cats"), "--features", "test_text_students:Corners",
+        "evaluate", str(folder), "--dataset", str(tmp_path / "cats"), "--features", "text_students:Corners",
         "--num_images", "4", "--nfes", "1", "--output_dir", str(folder / "evaluation"),
         *(["--base", str(base)] if kind == "adapters" else []),
     ])  # fmt: skip

@@ -24,6 +24,7 @@ from cm_diffusers.training.latent_cache import CachedLatents, CacheError
 from cm_diffusers.training.loading import SAMPLE, Batches
 from cm_diffusers.training.precompute import precompute
 from cm_diffusers.training.randomness import SampleRandom, mixed
+from cm_diffusers.training.samples import drawing
 from cm_diffusers.training.text_to_image import TextToImage
 
 TEACHERS = {"sd": make_stable_diffusion, "sdxl": make_sdxl}
@@ -273,7 +274,8 @@ def test_the_teacher_is_checked_on_latents_of_the_cache(tmp_path, caches):
 def test_samples_need_prompts(tmp_path, caches, caplog):
     trainer = make_trainer(tmp_path, caches["sd"])
     assert "samples are drawn without a prompt. Set `sample_prompts`" in caplog.text
-    assert trainer.drawing(trainer.pipeline())([0, 1], 1).shape == (2, 16, 16, 3)
+    draw = drawing(trainer.pipeline(), trainer.config, trainer.text, trainer.dataset)
+    assert draw([0, 1], 1).shape == (2, 16, 16, 3)
     caplog.clear()
     make_trainer(tmp_path, caches["sd"], sample_prompts=["a dog"])
     assert "sample_prompts" not in caplog.text
