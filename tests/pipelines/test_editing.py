@@ -178,6 +178,22 @@ def test_every_family_of_students_edits(name, scheduler):
 
 
 @pytest.mark.parametrize("name", EDITS)
+def test_students_whose_states_have_unit_variance_edit(name):
+    scheduler = ConsistencyScheduler.from_teacher(diffusers.DDPMScheduler(), boundary="lcm")
+    image, pipe = pictures(), pipeline(ConsistencyPipeline, scheduler)
+    states = []
+
+    def keep(pipe, step, timestep, tensors):
+        states.append(tensors["latents"] * scheduler.state_scale(scheduler.sigmas[step + 1]))
+
+    result = edit(name, image, pipe, sigmas=[80.0, 0.5, 0.1], callback_on_step_end=keep)
+    torch.testing.assert_close(measured(name, result), measured(name, image), rtol=0, atol=1e-5)
+    noise = measured(name, states[1] / 2 + 0.5) - measured(name, image)  # of the last level, on what is known
+    alike = measured(name, 0.05 * torch.randn(64, *image.shape[1:], generator=seeded()))
+    assert float(noise.std()) == pytest.approx(float(alike.std()), rel=0.25)
+
+
+@pytest.mark.parametrize("name", EDITS)
 def test_one_image_and_several_results(name):
     image = pictures(1)
     several = edit(name, image, batch_size=3, generator=[seeded(i) for i in range(3)])
