@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for networks this small, more threads wait for each other
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is the CPU's, but for test_gpu.py
 
 import torch
 from diffusers import UNet2DModel

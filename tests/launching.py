@@ -9,10 +9,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
 TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "examples" / "configs" / "accelerate"
+STEPS = 9
+WHOLE = {"ranks": 1, "batch_size": 8, "max_train_steps": STEPS, "checkpoint_steps": 4}
+HALVES = {**WHOLE, "ranks": 2, "batch_size": 4}
+# Losses of some hundreds and weights of some tenths, after float32 sums in another order and a dozen steps of Adam.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+
+
+def launch(config: str, *arguments: str) -> list[str]:
+    """`accelerate launch` with a config that this repository ships, in float32."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
+        "--num_cpu_threads_per_process", "1", "--mixed_precision", "no", *arguments,
+    ]  # fmt: skip
+
+
+SHARDED, ZERO2, ZERO3 = (
+    {**HALVES, "launcher": launch(config, "--num_processes", "2")}
+    for config in ("fsdp2", "deepspeed-zero2", "deepspeed-zero3")
+)
 
 
 def command(folder: Path, ranks: int = 1, launcher: list[str] | None = None, **settings: Any) -> list[str]:
@@ -55,3 +76,12 @@ def final_state(folder: Path) -> dict[str, Tensor]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def assert_same_training(folder: Path, golden: Path, exactly: bool = False) -> None:
+    trajectory, expected = losses(folder), losses(golden)
+    assert set(trajectory) <= set(expected)
+    for step, loss in trajectory.items():
+        assert loss == pytest.approx(expected[step], rel=0 if exactly else LOSS_TOLERANCE, nan_ok=True)
+    difference = largest_difference(final_state(folder), final_state(golden))
+    assert difference <= (0 if exactly else WEIGHT_TOLERANCE)

@@ -64,13 +64,6 @@ class Waits(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class FakeRandom(SampleRandom):
-    """Without a GPU there is no generator of one."""
-
-    def normal_like(self, images):
-        return torch.empty_like(images)
-
-
 def test_waits_are_seen():
     with FakeTensorMode(), Waits() as waits:
         torch.zeros(2).to("cuda", non_blocking=True)
@@ -91,7 +84,7 @@ def test_losses_stay_on_the_device_of_the_images_and_wait_for_nothing(family, di
         scalings.scalings(torch.tensor([1.0]))  # tables are made once, of real numbers
     levels = GridLevels(lambda step: 6, scheduler.config.sigma_min, scheduler.config.sigma_max)
 
-    randoms = [FakeRandom(torch.arange(4), torch.device("cuda")) for _ in range(2)]
+    randoms = [SampleRandom(torch.arange(4), torch.device("cuda")) for _ in range(2)]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         network, images = build_unet(), torch.zeros(4, 3, 8, 8)
@@ -116,7 +109,7 @@ def test_tangents_stay_on_the_device_of_the_images_and_wait_for_nothing(flow_map
     jumps = ConsistencyJumps(Boundary(family, "edm", 0.002), sigmas)
     if flow_map:
         jumps = FlowMapJumps(family, 0.002, sigmas)
-    random = FakeRandom(torch.arange(4), torch.device("cuda"))
+    random = SampleRandom(torch.arange(4), torch.device("cuda"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         network, images = build_unet(class_embed_type="timestep" if flow_map else None), torch.zeros(4, 3, 8, 8)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import build_unet
-from launching import final_state, largest_difference, run
-from test_scale import HALVES, SHARDED, WEIGHT_TOLERANCE, WHOLE
+from launching import HALVES, SHARDED, WEIGHT_TOLERANCE, WHOLE, final_state, largest_difference, run
 from tiny_run import images
 
 from cm_diffusers import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cm_diffusers.training.randomness import SampleRandom, mixed, permutation
+from cm_diffusers.training.randomness import SampleRandom, mixed, permutation, streams
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,27 @@ def test_uniform_and_normal_numbers_have_their_moments():
     for one, other in ((normal[:-1], normal[1:]), (normal[..., 0], normal[..., 1])):
         assert abs(float((one * other).mean())) < 0.02
     assert abs(float(torch.corrcoef(torch.stack([uniform, normal[:, 0, 0, 0].double()]))[0, 1])) < 0.02
+
+
+def test_streams_are_those_of_splitmix64():
+    # The first numbers of the published generator from the state 1234567.
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = streams(torch.tensor([0, 1234567, -1]), 4)
+    assert [number % 2**64 for number in found[1].tolist()] == expected
+    assert found[0, 0].item() % 2**64 == 16294208416658607535
+    assert torch.equal(streams(torch.tensor([-1]), 2), found[2:, :2])
+
+
+def test_noise_is_normal_into_its_tails():
+    noise = SampleRandom(torch.arange(1000), CPU).normal_like(torch.zeros(1000, 3, 11, 11)).double().flatten()
+    assert noise.isfinite().all() and noise.abs().max() < 6.8
+    for power, expected in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        spread = noise.pow(power).std() / len(noise) ** 0.5
+        assert abs(noise.pow(power).mean() - expected) < 4 * spread
+    levels = torch.tensor([-4.0, -3.0, -1.0, 0.0, 0.5, 2.0, 3.5], dtype=torch.float64)
+    expected = torch.special.ndtr(levels)
+    share = torch.stack([(noise < level).double().mean() for level in levels])
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / len(noise)).sqrt()).all()
 
 
 def test_a_sample_has_the_same_numbers_in_any_batch_and_memory_format():

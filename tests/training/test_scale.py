@@ -8,46 +8,30 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from launching import command, environment, final_state, largest_difference, losses, run
-
-from cm_diffusers import ConsistencyPipeline
-
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "accelerate"
-STEPS = 9
-HALVES = {"ranks": 2, "batch_size": 4, "max_train_steps": STEPS, "checkpoint_steps": 4}
-WHOLE = {"ranks": 1, "batch_size": 8, "max_train_steps": STEPS, "checkpoint_steps": 4}
-# Losses of some hundreds and weights of some tenths, after float32 sums in another order and a dozen steps of Adam.
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
-
-
-def launch(config: str, *arguments: str) -> list[str]:
-    """`accelerate launch` with a config that this repository ships, in float32."""
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
-        "--num_cpu_threads_per_process", "1", "--mixed_precision", "no", *arguments,
-    ]  # fmt: skip
-
-
-SHARDED, ZERO2, ZERO3 = (
-    {**HALVES, "launcher": launch(config, "--num_processes", "2")}
-    for config in ("fsdp2", "deepspeed-zero2", "deepspeed-zero3")
+from launching import (
+    CONFIGS,
+    HALVES,
+    LOSS_TOLERANCE,
+    SHARDED,
+    STEPS,
+    WHOLE,
+    ZERO2,
+    ZERO3,
+    assert_same_training,
+    command,
+    environment,
+    launch,
+    losses,
+    run,
 )
 
-
-def assert_same_training(folder: Path, golden: Path, exactly: bool = False) -> None:
-    trajectory, expected = losses(folder), losses(golden)
-    assert set(trajectory) <= set(expected)
-    for step, loss in trajectory.items():
-        assert loss == pytest.approx(expected[step], rel=0 if exactly else LOSS_TOLERANCE, nan_ok=True)
-    difference = largest_difference(final_state(folder), final_state(golden))
-    assert difference <= (0 if exactly else WEIGHT_TOLERANCE)
+from cm_diffusers import ConsistencyPipeline
 
 
 def copy_half_of(run_folder: Path, to: Path) -> Path:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from launching import losses, run
+from launching import launch, losses, run
 from safetensors.torch import load_file
-from test_scale import launch
 from test_text_to_image import latents
 
 from cm_diffusers import load_pipeline
