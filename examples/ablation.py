@@ -34,11 +34,13 @@ compute than these students by far. The methods that have it by default get the 
 
 **Time.** All methods on `fashion16` with three seeds take nearly two hours on two cores with `--jobs 2`: a thread for
 each run, as two threads of one small network spend their time waiting for each other. `digits` takes a third of
-that, and `fashion28` three times as much: take a smaller budget, or an accelerator.
+that, and `fashion28` three times as much: take a smaller budget. `fashion28-large`, with sixteen times the weights and
+bf16, is for a GPU, which several jobs share.
 
 A study that was killed goes on where it was when it is started again: finished runs are read from their result files,
 and one under way from its last checkpoint. Everything is in `--output_dir`: the classifier and the teachers of a
-dataset, and for each study `report.md`, `training.png`, `steps.png`, `results/` and `runs/`, with the students.
+dataset, and for each study `report.md`, `training.png`, `steps.png`, `samples.png`, `results/` and `runs/`, with the
+students.
 """
 
 from __future__ import annotations
@@ -71,7 +73,11 @@ SETTINGS = {
     "digits": Setting("digits", 8, (16, 32), teacher_steps=1500, teacher_batch=64, sigma_max=20.0, huber_c=0.24),
     "fashion16": Setting("fashion16", 16, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.48),
     "fashion28": Setting("fashion28", 28, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.84),
-}
+    "fashion28-large": Setting(
+        "fashion28-large", 28, (64, 128, 128), 2000, 256, sigma_max=80.0, huber_c=0.84, teacher_rate=5e-4,
+        students={"batch_size": 256, "mixed_precision": "bf16", "channels_last": True, "num_workers": 2},
+    ),
+}  # fmt: skip
 STUDIES = ("methods", "metric", "solver", "num_levels", "mu", "data_terms")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_budget import passes_text
-from ablation_runs import NFES, OK, Run, Setting, prepare
+from ablation_runs import NFES, OK, SAMPLES, Run, Setting, prepare, teacher_folder
 
 from cm_diffusers.evaluation.results import write_whole
 
@@ -20,7 +20,7 @@ def write_report(
     runs: Sequence[Run], results: Mapping[str, dict[str, Any]], teachers: Mapping[int, list[dict[str, Any]]],
     budget: float,
 ) -> None:  # fmt: skip
-    """`report.md`, and the plots `training.png` and `steps.png` when there is something to show.
+    """`report.md`, and `training.png`, `steps.png` and `samples.png` when there is something to show.
 
     Args:
         runs (`Sequence[Run]`): of the study, done or not.
@@ -35,6 +35,7 @@ def write_report(
         best = statistics.fmean(map(best_of, teachers.values()))
         plot_training(groups, setting, best, folder / "training.png")
         plot_steps(groups, teachers, folder / "steps.png")
+        show_samples(runs, folder / SAMPLES)
     write_whole(folder / "report.md", report_text(runs, groups, teachers, budget))
 
 
@@ -73,6 +74,7 @@ def report_text(
         table(["teacher", "evaluations", "FID"], teacher_rows(teachers)), "",
         "The best of each seed's teacher: " + figure([best_of(figures) for figures in teachers.values()]) + ".", "",
         "![FID over training](training.png)", "", "![FID over sampling steps](steps.png)", "",
+        "![Samples in 1, 2 and 4 steps, and the teacher's](samples.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -175,12 +177,18 @@ def plot_steps(
 
 
 def new_figure(panels: int) -> tuple[Any, Sequence[Any]]:
+    figure_ = empty_figure(2 + 5 * panels, 4.5)
+    return figure_, figure_.subplots(1, panels, squeeze=False, sharey=True)[0]
+
+
+def empty_figure(width: float, height: float) -> Any:
+    """In inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure_ = Figure(figsize=(2 + 5 * panels, 4.5), layout="constrained")
+    figure_ = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure_)
-    return figure_, figure_.subplots(1, panels, squeeze=False, sharey=True)[0]
+    return figure_
 
 
 def draw_line(
@@ -206,4 +214,27 @@ def finish(figure_: Any, axes: Sequence[Any], teacher: float, path: Path) -> Non
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("FID")
     figure_.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    figure_.savefig(path, dpi=120)
+
+
+def show_samples(runs: Sequence[Run], path: Path) -> None:
+    """The images of the first seed's teacher and students, from the same noise; a row for each number of steps."""
+    from PIL import Image
+
+    first = runs[0]
+    files = {"teacher": teacher_folder(first.folder, first.seed) / SAMPLES}
+    files |= {run.name: run.samples_file for run in runs if run.seed == first.seed}
+    pictures = {name: Image.open(file) for name, file in files.items() if file.exists()}
+    height = sum(picture.height for picture in pictures.values())
+    width = max((picture.width for picture in pictures.values()), default=0)
+    if not height:
+        return
+    figure_ = empty_figure(12, 11 * height / width)
+    ratios = [picture.height for picture in pictures.values()]
+    axes = figure_.subplots(len(pictures), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for axis, (name, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture, cmap="gray", interpolation="nearest", aspect="equal")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     figure_.savefig(path, dpi=120)

@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cm_diffusers.evaluation import Evaluator, Features, Reference, Sampler
 from cm_diffusers.evaluation.classifier import CONFIG, DomainClassifier
 from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import eight_bits, student_sampler, teacher_sampler
+from cm_diffusers.image_grid import image_grid
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.phases import conversion_steps
 from cm_diffusers.training.preparation import identify_scheduler, prepare_student
@@ -35,6 +37,7 @@ from cm_diffusers.training.teacher import Teacher, load_teacher
 
 OK, DIVERGED, NOT_FINITE = "ok", "diverged", "not finite"
 NFES = (1, 2, 4)
+SHOWN, SAMPLES = 20, "samples.png"
 CURVE_POINTS = 6  # of a run's training at which the student is measured
 TEACHER_SAMPLERS = (("euler", 20), ("heun", 11), ("heun", 23), ("heun", 35), ("heun", 79))
 FIXED = frozenset(
@@ -48,12 +51,13 @@ class Setting:
     """A dataset, the teacher that is trained on it, and how students are measured.
 
     Args:
-        name (`str`): `digits`, or `fashion16` and `fashion28`.
+        name (`str`): `digits`, or one that begins with `fashion`.
         size (`int`): of the images, in pixels.
         channels (`tuple[int, ...]`): of the UNet's levels.
-        teacher_steps, teacher_batch (`int`): of the teacher's training.
+        teacher_steps, teacher_batch, teacher_rate: of the teacher's training.
         sigma_max (`float`): where students start.
         huber_c (`float`): constant of the pseudo-Huber distance, where it stands in for LPIPS.
+        students (`dict`): fields of [`ConsistencyConfig`] for all runs on it.
         num_images (`int`): that are drawn for a figure.
         data_dir (`str`): where the files of Fashion-MNIST are.
     """
@@ -65,6 +69,8 @@ class Setting:
     teacher_batch: int
     sigma_max: float
     huber_c: float
+    teacher_rate: float = 2e-3
+    students: dict[str, Any] = field(default_factory=dict, hash=False)
     num_images: int = 2000
     data_dir: str = FASHION_MNIST
 
@@ -104,6 +110,11 @@ class Run:
     @property
     def result_file(self) -> Path:
         return self.report_folder / "results" / f"{self.title}.json"
+
+    @property
+    def samples_file(self) -> Path:
+        """A row of images for each number of steps."""
+        return self.result_file.with_suffix(".png")
 
 
 # How many steps a run may take ---------------------------------------------------------------------------------------
@@ -168,7 +179,7 @@ def common_settings(setting: Setting) -> dict[str, Any]:
     """What all runs on a dataset have in common unless they say otherwise; the rest are the package's defaults."""
     return {
         "sigma_min": 0.02, "sigma_max": setting.sigma_max, "batch_size": 64, "sample_steps": 0, "num_samples": 64,
-        "teacher_check": False, "resume": "auto", "tracker": "none", "checkpoint_limit": 1000,
+        "teacher_check": False, "resume": "auto", "tracker": "none", "checkpoint_limit": 1000, **setting.students,
     }  # fmt: skip
 
 
@@ -231,6 +242,7 @@ def make_teacher(setting: Setting, folder: Path, seed: int) -> Teacher:
         "channels": list(setting.channels),
         "steps": setting.teacher_steps,
         "batch_size": setting.teacher_batch,
+        "learning_rate": setting.teacher_rate,
     }
     if (place / "training.json").exists():
         found = json.loads((place / "training.json").read_text())
@@ -240,7 +252,7 @@ def make_teacher(setting: Setting, folder: Path, seed: int) -> Teacher:
     torch.manual_seed(seed)
     unet = make_unet(setting.size, setting.channels).to(PartialState().device)
     start = time.perf_counter()
-    teacher = train_teacher(unet, images, setting.teacher_steps, setting.teacher_batch)
+    teacher = train_teacher(unet, images, setting.teacher_steps, setting.teacher_batch, setting.teacher_rate)
     seconds = round(time.perf_counter() - start, 1)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -276,8 +288,15 @@ def measure_teacher(setting: Setting, folder: Path, seed: int) -> list[dict[str,
     for solver, nfe in TEACHER_SAMPLERS[len(figures) :]:
         sampler = teacher_sampler(teacher, nfe, solver, low, high)
         figures.append({"solver": solver, "nfe": nfe, "fid": fid(evaluator, sampler)})
+        save_samples([sampler], file.with_name(SAMPLES))  # the last has the most evaluations
         write_whole(file, json.dumps(found, indent=2) + "\n")
     return figures
+
+
+def save_samples(samplers: Iterable[Sampler], file: Path) -> None:
+    """A row of images of each sampler, from the same noise."""
+    rows = [sampler.draw(range(SHOWN)) for sampler in samplers]
+    image_grid(torch.cat(rows).cpu().permute(0, 2, 3, 1).numpy() / 255, columns=SHOWN, smallest=0).save(file)
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
@@ -328,13 +347,16 @@ def measure_run(run: Run) -> dict[str, Any]:
     pipeline = trainer.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     nfes = [nfe for nfe in NFES if nfe == 1 or nfe < pipeline.scheduler.grid_length]
-    found = {str(nfe): fid(evaluator, student_sampler(pipeline, nfe)) for nfe in nfes} if finite else {}
+    samplers = {str(nfe): student_sampler(pipeline, nfe) for nfe in nfes if finite}
+    found = {nfe: fid(evaluator, sampler) for nfe, sampler in samplers.items()}
     start = method_start(trainer)
     result = {
         "status": status(curve, found), "fid": found, "curve": curve, "seconds": round(trainer.seconds, 1),
         "conversion_steps": start, "steps": trainer.step - start, "identity": identity(run, evaluator),
     }  # fmt: skip
     run.result_file.parent.mkdir(parents=True, exist_ok=True)
+    if found and None not in found.values():
+        save_samples(samplers.values(), run.samples_file)
     write_whole(run.result_file, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(trainer.memory.folder)
     return result

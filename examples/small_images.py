@@ -117,14 +117,16 @@ def make_unet(size: int, channels: tuple[int, ...], image_channels: int = 1) -> 
     )
 
 
-def train_teacher(unet: UNet2DModel, images: Tensor, steps: int, batch_size: int = 128) -> Teacher:
+def train_teacher(
+    unet: UNet2DModel, images: Tensor, steps: int, batch_size: int = 128, learning_rate: float = 2e-3
+) -> Teacher:
     """Train an ordinary diffusers model, a UNet and `DDPMScheduler`, to predict epsilon. Its weights are averages.
 
     The only random numbers are torch's global ones. The network stays on the device where it is.
     """
     scheduler, average = DDPMScheduler(), EMA(unet)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
-    rate = Rate(2e-3, steps, "cosine", warmup_steps=100)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    rate = Rate(learning_rate, steps, "cosine", warmup_steps=100)
     for step in tqdm(range(steps), desc="teacher"):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)

@@ -64,7 +64,7 @@ def study(done, tmp_path, monkeypatch):
 
 
 def results(folder):
-    return {file.stem: json.loads(file.read_text()) for file in (folder / "digits" / "own" / "results").iterdir()}
+    return {file.stem: json.loads(file.read_text()) for file in (folder / "digits" / "own" / "results").glob("*.json")}
 
 
 # What a run may cost ------------------------------------------------------------------------------------------------
@@ -201,6 +201,7 @@ def test_a_study_leaves_a_table_and_plots(done):
     assert "64 of a small classifier of digits" in text
     assert {"DDIM", "Heun"} <= rows.keys()
     assert all((folder / name).stat().st_size > 10_000 for name in ("training.png", "steps.png"))
+    assert (folder / "samples.png").exists()
 
 
 def test_a_study_leaves_a_result_and_a_student_of_each_run_and_seed(done):

@@ -1,9 +1,10 @@
 """What a step of text-to-image distillation has to hold in memory, for networks of Stable Diffusion's sizes.
 
-    python examples/benchmarks/text_memory.py examples/configs/sd15-lcm-lora.yaml [--xl] [--batch_size 8]
+    python examples/benchmarks/text_memory.py examples/configs/sd15-lcm-lora.yaml [--xl] [--batch_size 8] [--steps 3]
 
 The doctor's probe, on networks of zeros: weights are counted, activations measured on one picture and on two. Nothing
-is downloaded. On a CPU, half precision is bfloat16, whatever the config says: it takes the same room.
+is downloaded. On a CPU, half precision is bfloat16, whatever the config says: it takes the same room. With `--steps`,
+that many are taken, and the peak of a GPU's memory is told, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from timing import synchronize
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("--xl", action="store_true", help="SDXL's sizes, not Stable Diffusion 1.5's")
     parser.add_argument("--batch_size", type=int, help="instead of the config's")
+    parser.add_argument("--steps", type=int, default=0, help="to take on a GPU")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         changes: dict[str, Any] = {"output_dir": folder, "tracker": "none", "teacher_check": False, "sample_steps": 0}
@@ -89,13 +93,31 @@ def main() -> None:
             changes["batch_size"] = options.batch_size
         config = ConsistencyConfig.from_yaml(options.config, **changes, num_workers=0)
         size = config.resolution or 512
-        data = [{"image": torch.zeros(3, size, size), "caption": "a cat"}] * 2
+        data = [{"image": torch.zeros(3, size, size), "caption": "a cat"}] * config.batch_size
         trainer = ConsistencyTrainer(config, make_pipeline(options.xl), data)
         footprint, per_image = measure_footprint(trainer)
+        peak, seconds = measure_steps(trainer, options.steps)
     for name, value in dataclasses.asdict(footprint).items():
         print(f"{name:<12}{value / 2**30:8.2f} GiB")
     print(f"{'total':<12}{footprint.total / 2**30:8.2f} GiB at batch {config.batch_size}")
     print(f"{'a picture':<12}{per_image / 2**30:8.3f} GiB")
+    if peak:
+        print(f"{'peak':<12}{peak / 2**30:8.2f} GiB in {options.steps} steps, the last {seconds:.2f} seconds")
+
+
+def measure_steps(trainer: ConsistencyTrainer, steps: int) -> tuple[int, float]:
+    """The most bytes in use at once on a GPU, and the time of the last step."""
+    if not (steps and torch.cuda.is_available()):
+        return 0, 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    batches = iter(trainer.batches)
+    for _ in range(steps):
+        synchronize(trainer.accelerator.device)
+        start = time.perf_counter()
+        trainer.watch.after(trainer.advance(trainer.phases[-1], batches))
+        synchronize(trainer.accelerator.device)
+    return torch.cuda.max_memory_allocated(), time.perf_counter() - start
 
 
 if __name__ == "__main__":
