@@ -74,7 +74,7 @@ SETTINGS = {
     "fashion16": Setting("fashion16", 16, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.48),
     "fashion28": Setting("fashion28", 28, (16, 32, 32), 1000, 64, sigma_max=80.0, huber_c=0.84),
     "fashion28-large": Setting(
-        "fashion28-large", 28, (64, 128, 128), 2000, 256, sigma_max=80.0, huber_c=0.84, teacher_rate=5e-4,
+        "fashion28-large", 28, (64, 128, 128), 1000, 256, sigma_max=80.0, huber_c=0.84, teacher_rate=5e-4,
         students={"batch_size": 256, "mixed_precision": "bf16", "channels_last": True, "num_workers": 2},
     ),
 }  # fmt: skip
