@@ -46,7 +46,8 @@ def command(folder: Path, ranks: int = 1, launcher: list[str] | None = None, **s
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "TQDM_DISABLE": "1", **more}
+    found = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found, "TQDM_DISABLE": "1", **more}
 
 
 def run(folder: Path, env: dict[str, str] | None = None, **settings: Any) -> None:

@@ -20,6 +20,8 @@ from cm_diffusers.preconditioning import Boundary, Denoiser, EDMPreconditioning
 from cm_diffusers.solvers import heun_step
 from cm_diffusers.training.distances import build_distance
 from cm_diffusers.training.health import StepRecord, Watch
+from cm_diffusers.training.objectives import Losses
+from cm_diffusers.training.objectives.adversarial import Adversarial, Discriminator, feature_channels
 from cm_diffusers.training.objectives.conversion import ConversionObjective
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, inverse_gap
 from cm_diffusers.training.objectives.tangents import (
@@ -33,6 +35,7 @@ from cm_diffusers.training.objectives.tangents import (
 from cm_diffusers.training.optimizers import make_optimizer, set_learning_rate, take_step
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.student import make_student
+from cm_diffusers.training.teacher import Teacher
 
 TEACHERS = {
     "vp": diffusers.DDPMScheduler(),
@@ -122,6 +125,20 @@ def test_tangents_stay_on_the_device_of_the_images_and_wait_for_nothing(flow_map
             assert losses.values.device.type == losses.denoised.device.type == "cuda"
             assert losses.values.dtype == torch.float32
             assert waits.found == []
+
+
+def test_the_adversarial_term_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    random = SampleRandom(torch.arange(4), torch.device("cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        teacher, images = Teacher(build_unet(), diffusers.EDMEulerScheduler(), "tiny"), torch.zeros(4, 3, 8, 8)
+        head = Discriminator(feature_channels(teacher))
+        with torch.device("cpu"):
+            student = SimpleNamespace(losses=lambda images, *_: Losses(images.mean((1, 2, 3)), torch.ones(4), images))
+            with Waits() as waits:
+                losses = Adversarial(student, head, teacher, 0.1, 0.002, 80.0).losses(images, 0, random)
+    assert losses.values.device.type == "cuda"
+    assert waits.found == []
 
 
 def test_the_watch_waits_for_nothing(tmp_path, monkeypatch):

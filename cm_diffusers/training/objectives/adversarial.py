@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm_diffusers.networks import send
 from cm_diffusers.noise_levels import lognormal_sigmas
 from cm_diffusers.preconditioning import Preconditioning
 from cm_diffusers.solvers import expand
@@ -70,11 +71,11 @@ def features(
     """
     found: list[Tensor] = []
     hook = network.mid_block.register_forward_hook(lambda block, inputs, output: found.append(output))
-    scalings = preconditioning.scalings(sigma.to(sample.device))
+    scalings = preconditioning.scalings(sigma)
     scaled = (sample / expand(scalings.input_scale, sample)).to(network.dtype)
     try:
         # Not through a compiled graph, which hooks would break.
-        network.forward(scaled, scalings.c_noise, return_dict=False, **conditioning)
+        network.forward(scaled, send(scalings.c_noise, sample.device), return_dict=False, **conditioning)
     finally:
         hook.remove()
     return found[0].float()
