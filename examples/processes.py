@@ -38,7 +38,8 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
     log_folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // jobs)
     spawn, left = multiprocessing.get_context("spawn"), iter(tasks)
-    with ProcessPoolExecutor(jobs, spawn, start_worker, (threads, log_folder)) as pool:
+    given = (threads, multiprocessing.get_start_method(), log_folder)
+    with ProcessPoolExecutor(jobs, spawn, start_worker, given) as pool:
         # One for each process at a time: those that wait in the pool's queue could not be taken back.
         running = {pool.submit(function, task) for task in islice(left, jobs)}
         try:
@@ -60,8 +61,11 @@ def end_children() -> None:
             child.join(1)
 
 
-def start_worker(threads: int, log_folder: Path) -> None:
+def start_worker(threads: int, start_method: str, log_folder: Path) -> None:
     """Called in each new process. Ctrl-C is for the caller alone, which ends the others."""
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method(
+        start_method, force=True
+    )  # of processes that load images: not "spawn", as its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = (log_folder / f"worker-{os.getpid()}.log").open("w", buffering=1)
