@@ -268,7 +268,8 @@ class ConsistencyPipeline(StoredPipeline):
             )
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            # In float32, whatever the network's precision: some versions of torch draw other numbers in half of it.
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma

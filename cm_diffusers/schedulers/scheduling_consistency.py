@@ -359,7 +359,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if self.config.flow_map:
             prev_sample = torch.lerp(state, denoised, self.denoised_share(index))
         elif self._adds_noise_after(index):
-            noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype).to(dtype)
+            noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=dtype)
             prev_sample = denoised + noise * self.config.s_noise * self.added_noise_std(lower)
             prev_sample = prev_sample / self.state_scale(lower)
         self._step_index = index + 1

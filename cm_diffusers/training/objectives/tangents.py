@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,10 +42,23 @@ def forward_mode(
     """
     # Not torch.func.jvp: under it, dropout draws other masks where a tensor is not contiguous.
     # Of the kernels of attention, only the plain one has a forward derivative.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(network):
         inputs = forward_ad.make_dual(sample, sample_tangent), forward_ad.make_dual(time, time_tangent)
         tangent: Tensor = forward_ad.unpack_dual(network_output(network, *inputs, **conditioning)).tangent
         return tangent
+
+
+@contextmanager
+def contiguous_norms(network: Any) -> Iterator[None]:
+    """In this context, group norms get contiguous inputs: of others, torch 2.11 knows no forward derivative on CPUs."""
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].contiguous(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def finite_difference(
