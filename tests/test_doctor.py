@@ -10,10 +10,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import build_unet
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer, doctor
 from cm_diffusers.cli import main
+from cm_diffusers.training.footprint import Kept
 
 IMAGES = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -80,6 +82,20 @@ def test_the_estimate_is_close_to_the_measured_peak(changes, tmp_path):
     # The teacher was there before.
     measured = peak(profiler) + estimate.teacher
     assert 0.8 < measured / estimate.total < doctor.WORKING_SPACE
+
+
+def test_measuring_leaves_nothing_behind():
+    network, seen = build_unet().train(), []
+
+    class Noting(Kept):
+        def _keep(self, tensor):
+            seen.append(StorageWeakRef(tensor.untyped_storage()))
+            return super()._keep(tensor)
+
+    with Noting(network).counting() as kept:
+        network(IMAGES[:2].clone(), torch.ones(2))
+    weights = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
+    assert kept.bytes > 0 and {reference.cdata for reference in seen if not reference.expired()} <= weights
 
 
 def peak(profiler):

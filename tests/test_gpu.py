@@ -27,7 +27,7 @@ from cm_diffusers import (
     ConsistencyScheduler,
     ConsistencyTrainer,
 )
-from cm_diffusers.doctor import WORKING_SPACE, examine, measure_footprint
+from cm_diffusers.doctor import GPU_WORKSPACE, WORKING_SPACE, examine, measure_footprint
 from cm_diffusers.evaluation import Evaluator, Features, Reference
 from cm_diffusers.evaluation.sampling import student_sampler
 from cm_diffusers.training.methods import METHODS
@@ -221,13 +221,14 @@ def test_the_doctor_knows_the_peak_of_memory(changes, tmp_path):
     for _ in range(3):
         trainer.watch.after(trainer.advance(trainer.phases[-1], batches))
     peak = torch.cuda.max_memory_allocated() - there
-    assert 0.7 < peak / measure_footprint(trainer)[0].total < WORKING_SPACE
+    held = measure_footprint(trainer)[0].total
+    assert 0.8 * held < peak < WORKING_SPACE * held + GPU_WORKSPACE
 
 
 def test_the_doctor_examines_a_run(tmp_path):
     config = ConsistencyConfig(method="ect", batch_size=8, max_train_steps=4, output_dir=str(tmp_path))
     found = examine(config, (build_unet(sample_size=16), diffusers.DDPMScheduler()), IMAGES)
-    assert found.seconds_per_step and "cuda:0" in str(found)
+    assert found.seconds_per_step and "cuda:0" in str(found) and "\npeak " in str(found)
 
 
 # From text ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Kept:
             self._seen.add(_identity(storage))
             self._alive.append(storage)  # no other may take its identity
             self.bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that kept its own output would keep itself alive, for ever
 
 
 def _identity(storage: torch.UntypedStorage) -> int:

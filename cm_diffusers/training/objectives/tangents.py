@@ -50,7 +50,7 @@ def forward_mode(
 
 @contextmanager
 def contiguous_norms(network: Any) -> Iterator[None]:
-    """In this context, group norms get contiguous inputs: of others, torch 2.11 knows no forward derivative on CPUs."""
+    """Group norms get contiguous inputs meanwhile: of others, torch 2.11 knows no forward derivative on CPUs."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].contiguous(),)) for norm in norms]
