@@ -89,6 +89,7 @@ def _draw_prompts(options: argparse.Namespace) -> Any:
     pipeline = load_student(options, functools.partial(load_pipeline, base=options.base))
     if not takes_prompts(pipeline):
         raise ValueError(f"{options.model!r} makes no images of text: leave out --prompts.")
+    pipeline.vae.enable_slicing()  # a VAE takes more memory for a picture than the network
     how = {
         "num_inference_steps": options.steps, "guidance_scale": resolve_guidance(pipeline, options.guidance_scale),
         "output_type": "np",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.networks import send
+
 TOLD_GUIDANCE_SCALE = 8.5  # as diffusers' LatentConsistencyModelPipeline has it
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -92,16 +94,34 @@ def _decode(pipeline: Any, latents: Tensor) -> Tensor:
     vae, config = pipeline.vae, pipeline.vae.config
     if vae.dtype == torch.float16 and overflows_in_half(pipeline):
         vae = copy.deepcopy(vae).float()
-    latents = latents.to(vae.dtype)
-    mean, std = (_per_channel(getattr(config, name, None), latents) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor
+    latents = vae_latents(config, latents.to(vae.dtype))
     pictures = torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
     images: Tensor = pipeline.image_processor.postprocess(pictures.float(), output_type="pt")
     return images
 
 
-def _per_channel(values: Sequence[float] | None, latents: Tensor) -> Tensor | None:
-    return None if values is None else torch.tensor(values).view(1, -1, 1, 1).to(latents)
+def network_latents(config: Any, latents: Tensor) -> Tensor:
+    """Latents of a VAE as networks know them: centred, and about of variance 1.
+
+    Args:
+        config: the VAE's.
+        latents (`Tensor` of shape `(batch, channels, height, width)`): as it encodes pictures.
+    """
+    centre, spread = _latent_statistics(config, latents)
+    return (latents - centre) * config.scaling_factor / spread
+
+
+def vae_latents(config: Any, latents: Tensor) -> Tensor:
+    """The inverse of [`network_latents`]: what the VAE decodes."""
+    centre, spread = _latent_statistics(config, latents)
+    return latents * spread / config.scaling_factor + centre
+
+
+def _latent_statistics(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and deviation: of each channel, where a VAE knows them, or of all together."""
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return getattr(config, "shift_factor", None) or 0.0, 1.0
+    both = (torch.tensor(values, dtype=latents.dtype).view(1, -1, 1, 1) for values in (mean, std))
+    centre, spread = (send(values, latents.device) for values in both)
+    return centre, spread

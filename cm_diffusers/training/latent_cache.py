@@ -77,7 +77,11 @@ class CacheWriter:
         What is there is read in full. Processes that share the work need one list of them all: take it before any of
         them writes.
         """
-        return [self._range(shard) for shard in range(self._count) if not self._is_whole(shard)]
+        return [rows for shard in range(self.num_shards) if (rows := self.missing_of(shard)) is not None]
+
+    def missing_of(self, shard: int) -> tuple[int, int] | None:
+        """The same of one shard; `None` if it is whole."""
+        return None if self._is_whole(shard) else self._range(shard)
 
     def write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard. It is there whole when this returns, and before that not at all.
@@ -114,11 +118,11 @@ class CacheWriter:
         Raises:
             [`CacheError`]: if a shard is missing, or has other tensors than the first.
         """
-        found = [_read_record(self.folder, shard) for shard in range(self._count)]
+        found = [_read_record(self.folder, shard) for shard in range(self.num_shards)]
         records = [record for record in found if record is not None]
-        if len(records) < self._count:
+        if len(records) < self.num_shards:
             start, stop = self._range(found.index(None))
-            count = self._count - len(records)
+            count = self.num_shards - len(records)
             raise CacheError(f"The cache {self.folder} lacks {count} shards, the first of rows {start} to {stop - 1}.")
         tensors = records[0]["tensors"]
         for shard, record in enumerate(records):
@@ -129,7 +133,7 @@ class CacheWriter:
         _write_json(self.folder / MANIFEST, {**whole, "sha256": _digest_of(whole)})
 
     @property
-    def _count(self) -> int:
+    def num_shards(self) -> int:
         return -(-self.rows // self.shard_rows)
 
     def _range(self, shard: int) -> tuple[int, int]:
@@ -230,7 +234,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
 
     Args:
         folder (`str` or `Path`): of the cache.
-        verify (`bool`): read all of it once, to see that it is what was written. Otherwise only sizes are compared.
+        verify (`bool`): read all of it now, to see that it is what was written. Otherwise only sizes are compared.
 
     Attributes:
         fields (`dict[str, tuple[int, ...]]`): the names of a row's tensors, with their shapes.
@@ -246,9 +250,9 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
             raise CacheError(f"{self.folder / MANIFEST} is not what was written.")
         self._manifest = manifest
         self.fields = {name: tuple(tensor["shape"]) for name, tensor in manifest["tensors"].items()}
-        for shard, record in enumerate(manifest["shards"]):
-            _check_shard(_shard_path(self.folder, shard), record, verify)
         self._opened: dict[int, Any] = {}
+        for shard in range(self.num_shards):
+            self.check_shard(shard, verify)
 
     def __len__(self) -> int:
         return int(self._manifest["rows"])
@@ -271,6 +275,26 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         """Raise what the first row has against it."""
         self[0]
 
+    @property
+    def num_shards(self) -> int:
+        return len(self._manifest["shards"])
+
+    def check_shard(self, shard: int, verify: bool = True) -> None:
+        """See that a shard is there as it was written: in its length, and, to `verify` it, in all it holds.
+
+        Raises:
+            [`CacheError`]: if it is not, naming it.
+        """
+        path, record = _shard_path(self.folder, shard), self._manifest["shards"][shard]
+        try:
+            size = path.stat().st_size
+            if size != record["bytes"]:
+                raise CacheError(f"The shard {path} has {size} bytes; {record['bytes']} were written.")
+            if verify and digest_of_file(path) != record["sha256"]:
+                raise CacheError(f"The shard {path} is corrupt: it is not what was written.")
+        except OSError as error:
+            raise CacheError(f"The shard {path} cannot be read: {error}.") from error
+
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: its length, a digest of all rows, and what they are made from."""
         digest = _digest_of([record["sha256"] for record in self._manifest["shards"]])
@@ -284,14 +308,3 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
             except (OSError, SafetensorError) as error:
                 raise CacheError(f"The shard {path} cannot be read: {error}.") from error
         return self._opened[shard]
-
-
-def _check_shard(path: Path, record: dict[str, Any], verify: bool) -> None:
-    try:
-        size = path.stat().st_size
-        if size != record["bytes"]:
-            raise CacheError(f"The shard {path} has {size} bytes; {record['bytes']} were written.")
-        if verify and digest_of_file(path) != record["sha256"]:
-            raise CacheError(f"The shard {path} is corrupt: it is not what was written.")
-    except OSError as error:
-        raise CacheError(f"The shard {path} cannot be read: {error}.") from error

@@ -22,7 +22,7 @@ from cm_diffusers.training.latent_cache import CachedLatents, CacheWriter
 from cm_diffusers.training.loading import SAMPLE, first_images
 from cm_diffusers.training.preparation import identify, load_data, picture_spec
 from cm_diffusers.training.randomness import mixed
-from cm_diffusers.training.runtime import check_writable, on_main
+from cm_diffusers.training.runtime import check_writable, in_turns, on_main
 from cm_diffusers.training.teacher import load_teacher
 from cm_diffusers.training.text_cache import origin
 from cm_diffusers.training.text_to_image import TextToImage
@@ -72,10 +72,12 @@ def precompute(
     encode = functools.partial(_encode, text, processes.device, getattr(torch, cache_dtype))
     bytes_of_a_row = sum(tensor.nbytes for tensor in encode(first_images(dataset, 1)).values())
     open_writer = functools.partial(CacheWriter, folder, made_from, len(dataset), _rows_of_a_shard(bytes_of_a_row))
-    missing = on_main(processes, lambda: open_writer().missing())
+    on_main(processes, lambda: open_writer().plan)  # begun by one
+    writer = open_writer()
+    missing = [rows for rows in in_turns(processes, writer.num_shards, writer.missing_of, "cache") if rows is not None]
     if processes.is_main_process:
         _announce(folder, missing, bytes_of_a_row)
-    writer, shards = open_writer(), missing[processes.process_index :: processes.num_processes]
+    shards = missing[processes.process_index :: processes.num_processes]
     with tqdm(total=_count(shards), desc="precompute", disable=not processes.is_main_process) as bar:
         _write(writer, shards, _encoded(dataset, shards, config, encode, bar))
     processes.wait_for_everyone()

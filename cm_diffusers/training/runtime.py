@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
     is_deepspeed_available,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.training import zero
@@ -151,3 +154,29 @@ def on_main(accelerator: Accelerator, work: Any) -> Any:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def in_turns(processes: Any, count: int, work: Callable[[int], Any], description: str) -> list[Any]:
+    """The results of `work` on 0 to `count - 1`, on all processes; what it raises on one, all raise.
+
+    The processes do one each at a time: none waits for another longer than one takes. Results have to be small.
+
+    Args:
+        processes (`Accelerator` or `PartialState`): all of which call this.
+        count (`int`): how many there are.
+        work (`Callable[[int], Any]`): on one of them.
+        description (`str`): of the progress bar.
+    """
+    found: list[Any] = []
+    turns = range(0, count, processes.num_processes)
+    for first in tqdm(turns, desc=description, leave=False, disable=not processes.is_main_process):
+        result, failed, mine = None, None, first + processes.process_index
+        try:
+            result = work(mine) if mine < count else None
+        except Exception as error:
+            failed = error
+        for one, failure in gather_object([(result, failed)]):
+            if failure is not None:
+                raise failure
+            found.append(one)
+    return found[:count]

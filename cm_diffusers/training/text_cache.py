@@ -16,7 +16,7 @@ from cm_diffusers.training.images import ImageSpec, ImageTransform
 from cm_diffusers.training.latent_cache import MANIFEST, PLAN, CachedLatents
 from cm_diffusers.training.record import public_name
 from cm_diffusers.training.resuming import compare
-from cm_diffusers.training.runtime import on_main
+from cm_diffusers.training.runtime import in_turns, on_main
 from cm_diffusers.training.text_to_image import TextToImage
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def is_cache(path: str) -> bool:
 
 
 def open_cache(path: str, processes: Any) -> CachedLatents:
-    """The cache in a folder. The main process reads all of it once, to see that it is whole.
+    """The cache in a folder. All of it is read once, by all processes together, to see that it is whole.
 
     Args:
         path (`str`): of the folder.
@@ -71,11 +71,10 @@ def open_cache(path: str, processes: Any) -> CachedLatents:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"The cache {folder} is not finished: go on with `cm-diffusers precompute`.")
 
-    def verify() -> None:
-        CachedLatents(folder)
-
-    on_main(processes, verify)
-    return CachedLatents(folder, verify=False)
+    on_main(processes, lambda: CachedLatents(folder, verify=False).fields)
+    cache = CachedLatents(folder, verify=False)
+    in_turns(processes, cache.num_shards, cache.check_shard, "cache")
+    return cache
 
 
 def check_cache(

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from cm_diffusers.pipelines.text import overflows_in_half
+from cm_diffusers.pipelines.text import network_latents, overflows_in_half
 from cm_diffusers.training.randomness import SampleRandom
 
 PIXELS_AT_ONCE = 2**20  # four pictures of 512 x 512, or one of 1024 x 1024
@@ -117,14 +117,7 @@ class TextToImage:
 
     def scale(self, mean: Tensor, std: Tensor, random: SampleRandom) -> Tensor:
         """Latents as the network knows them, drawn from their posterior."""
-        config = self.pipeline.vae.config
-        latents = mean + std * random.normal_like(mean)
-        if getattr(config, "latents_mean", None) is None:
-            return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
-        centre, spread = (
-            torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
-        )
-        return (latents - centre) * config.scaling_factor / spread
+        return network_latents(self.pipeline.vae.config, mean + std * random.normal_like(mean))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

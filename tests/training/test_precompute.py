@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from stable_diffusion import make_sdxl, make_stable_diffusion
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer, doctor
-from cm_diffusers.training import latent_cache
+from cm_diffusers.training import latent_cache, runtime
 from cm_diffusers.training import precompute as precomputing
 from cm_diffusers.training.inputs import CachedInputs, TextInputs
 from cm_diffusers.training.latent_cache import CachedLatents, CacheError
@@ -194,6 +196,30 @@ def test_processes_share_the_work(tmp_path, captioned):
     assert len(cached) == 90 * ROWS and len(list(tmp_path.glob("cache/*.safetensors"))) == 3
     for row in (0, 1023, 1024, 2047, 2048, 90 * ROWS - 1):
         torch.testing.assert_close(cached[row], alone[row % ROWS], rtol=1e-5, atol=1e-5)
+    tear(tmp_path / "cache" / "latents-00001.safetensors")  # the second process finds it
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stderr.count("It is made again") == 1
+    assert CachedLatents(tmp_path / "cache").identity() == cached.identity()
+
+
+def tear(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_one_process_finds_wrong_ends_all(tmp_path, caches, monkeypatch):
+    """The first of two finds the only shard torn; the second has nothing to look at, and hears of it."""
+    shutil.copytree(caches["sd"], tmp_path / "cache")
+    tear(tmp_path / "cache" / "latents-00000.safetensors")
+    cache, said = CachedLatents(tmp_path / "cache", verify=False), []
+    monkeypatch.setattr(runtime, "gather_object", lambda mine: said.extend(mine) or list(said))
+    for index in (0, 1):
+        process = SimpleNamespace(num_processes=2, process_index=index, is_main_process=index == 0)
+        with pytest.raises(CacheError, match="latents-00000.safetensors is corrupt"):
+            runtime.in_turns(process, cache.num_shards, cache.check_shard, "cache")
+    assert [failure is None for _, failure in said] == [False, True]
 
 
 def test_shards_are_of_a_size_that_memory_has(monkeypatch):

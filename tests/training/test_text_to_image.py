@@ -55,6 +55,11 @@ def latents(pipe, guidance_scale=1.0, steps=2):
     return pipe("a dog", generator=torch.Generator().manual_seed(0), **options).images
 
 
+def assert_same(found, expected):
+    """But for the order of sums, which on some CPUs depends on where in memory weights lie."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # Every path: train, save, load -------------------------------------------------------------------------------------
 
 
@@ -65,7 +70,7 @@ def test_a_full_lcm_student_is_a_stock_pipeline(tmp_path, captioned, teacher):
     assert isinstance(stock.scheduler, LCMScheduler)
     assert stock.unet.config.time_cond_proj_dim == 256
     expected = latents(student, 8.5)
-    torch.testing.assert_close(latents(ours, 8.5), expected, rtol=0, atol=0)
+    assert_same(latents(ours, 8.5), expected)
     torch.testing.assert_close(latents(stock, 8.5), expected, rtol=1e-4, atol=1e-4)
     assert not torch.equal(latents(ours, 3.0), expected)
 
@@ -77,7 +82,7 @@ def test_what_no_stock_scheduler_samples_alike_keeps_ours(tmp_path, captioned, c
     student = train(tmp_path, captioned, **changes)
     ours = load_pipeline(tmp_path)
     assert dict(ours.scheduler.config)["few_step_sigmas"] == dict(student.scheduler.config)["few_step_sigmas"]
-    torch.testing.assert_close(latents(ours), latents(student), rtol=0, atol=0)
+    assert_same(latents(ours), latents(student))
 
 
 def test_large_pictures_are_encoded_in_parts(monkeypatch):
@@ -113,7 +118,7 @@ def test_methods_in_sigma_space_work_on_latents(tmp_path, captioned, teacher, me
     student = train(tmp_path, captioned, teacher, method=method)
     expected = latents(student, steps=1)
     assert expected.isfinite().all()
-    torch.testing.assert_close(latents(load_pipeline(tmp_path), steps=1), expected, rtol=0, atol=0)
+    assert_same(latents(load_pipeline(tmp_path), steps=1), expected)
 
 
 def test_methods_in_sigma_space_are_told_the_guidance(tmp_path, captioned):

@@ -33,7 +33,7 @@ def test_two_ranks_equal_one_process(tmp_path, changes):
 def test_a_sharded_student_equals_one_process_and_is_saved_whole(tmp_path):
     changes = {"w_min": 1.0, "w_max": 4.0, **TEXT}
     run(tmp_path / "one", batch_size=8, **changes)
-    run(tmp_path / "two", ranks=2, batch_size=4, launcher=launch("fsdp2", "--num_processes", "2"), **changes)
+    run(tmp_path / "two", ranks=2, batch_size=4, launcher=launch("fsdp2-text", "--num_processes", "2"), **changes)
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert all(found[step] == pytest.approx(loss, rel=1e-5) for step, loss in expected.items())
     images = latents(load_pipeline(tmp_path / "two"), 3.0, steps=1)
