@@ -37,6 +37,7 @@ WORKING_SPACE = 1.1
 # Of a GPU, convolutions in float32 take this much more for themselves; measured: 0.4 GiB.
 GPU_WORKSPACE = 2**29
 TIMED_STEPS = 4
+LONG_WAIT = 0.1  # part of a step
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -368,6 +369,9 @@ def _examine_speed(found: Diagnosis, trainer: ConsistencyTrainer) -> None:
         f"             {_duration(trainer.config.max_train_steps * seconds)} for the {trainer.config.max_train_steps} "
         f"steps of {phase.name}",
     ]
+    if parts.get("data", 0.0) > LONG_WAIT * seconds:
+        workers = trainer.config.num_workers
+        found.lines.append(f"             A step waits for its images: raise `num_workers`, now {workers}.")
     if on_gpu:
         found.lines.append(f"peak         {_size(torch.cuda.max_memory_allocated())} of memory in these steps")
 

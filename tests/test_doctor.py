@@ -56,6 +56,12 @@ def test_a_run_that_will_go_well(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("long", [0.0, 1.0])
+def test_waiting_long_for_images_is_told(tmp_path, monkeypatch, long):
+    monkeypatch.setattr(doctor, "LONG_WAIT", long)
+    assert ("A step waits for its images: raise `num_workers`, now 0" in str(examine(tmp_path))) == (long == 0)
+
+
 def test_weights_are_counted_and_activations_follow_the_batch(tmp_path):
     weights = sum(parameter.nbytes for parameter in build_unet().parameters())
     four, eight = (examine(tmp_path, batch_size=size).footprint for size in (4, 8))
