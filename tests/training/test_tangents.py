@@ -242,14 +242,15 @@ def test_continuous_consistency_reaches_that_of_a_gaussian(data):
     problem = Gaussian()
     network = train(pixel_objective(None if data else problem.denoise), problem, steps=800 if data else 500, batch=128)
     f = Denoiser(network, Boundary(EDMPreconditioning((SIGMA_MIN, SIGMA_MAX), 0.6), "edm", SIGMA_MIN))
-    assert error(f, lambda x, s: problem.consistency(x, s, SIGMA_MIN), problem) < (0.1 if data else 0.05)
+    assert error(f, lambda x, s: problem.consistency(x, s, SIGMA_MIN), problem) < (0.15 if data else 0.05)
 
 
 def test_continuous_consistency_reaches_that_of_a_mixture():
     problem = Mixture()
     network = train(pixel_objective(problem.denoise), problem, steps=1200)
     f = Denoiser(network, Boundary(EDMPreconditioning((SIGMA_MIN, SIGMA_MAX), 0.6), "edm", SIGMA_MIN))
-    assert error(f, ode_solution(problem), problem) < 0.1
+    # 0.07 to 0.18 over ten seeds; for the posterior mean, which a diffusion model says in one step, 0.42.
+    assert error(f, ode_solution(problem), problem) < 0.2
 
 
 def test_a_flow_map_reaches_every_lower_level_of_a_gaussian():

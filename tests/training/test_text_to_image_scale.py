@@ -27,7 +27,8 @@ def test_two_ranks_equal_one_process(tmp_path, changes):
     whole, split = (max((tmp_path / name / "checkpoints").glob("step-*")) for name in ("one", "two"))
     for file in whole.glob("*.safetensors"):
         other = load_file(split / file.name)
-        assert all((value - other[name]).abs().max() < 1e-4 for name, value in load_file(file).items())
+        # A gradient that is nearly zero has no sure sign, and Adam's steps have the size of the learning rate.
+        assert all((value - other[name]).abs().max() < 5e-4 for name, value in load_file(file).items())
 
 
 def test_a_sharded_student_equals_one_process_and_is_saved_whole(tmp_path):
