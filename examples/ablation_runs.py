@@ -288,7 +288,8 @@ def measure_teacher(setting: Setting, folder: Path, seed: int) -> list[dict[str,
     for solver, nfe in TEACHER_SAMPLERS[len(figures) :]:
         sampler = teacher_sampler(teacher, nfe, solver, low, high)
         figures.append({"solver": solver, "nfe": nfe, "fid": fid(evaluator, sampler)})
-        save_samples([sampler], file.with_name(SAMPLES))  # the last has the most evaluations
+        if (solver, nfe) == TEACHER_SAMPLERS[-1]:  # that with the most evaluations
+            save_samples([sampler], file.with_name(SAMPLES))
         write_whole(file, json.dumps(found, indent=2) + "\n")
     return figures
 

@@ -64,8 +64,7 @@ def end_children() -> None:
 def start_worker(threads: int, start_method: str, log_folder: Path) -> None:
     """Called in each new process. Ctrl-C is for the caller alone, which ends the others."""
     torch.set_num_threads(threads)
-    multiprocessing.set_start_method(
-        start_method, force=True
-    )  # of processes that load images: not "spawn", as its own
+    # Of the processes that load images, which would be spawned like this one, at twenty seconds a run.
+    multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = (log_folder / f"worker-{os.getpid()}.log").open("w", buffering=1)
