@@ -120,6 +120,11 @@ class VPPreconditioning(Preconditioning):
             alpha_bar = alpha_bar.clamp(min=SMALLEST_ALPHA_BAR)
         return ((1 - alpha_bar) / alpha_bar).log() / 2
 
+    @functools.cached_property
+    def _slopes(self) -> Tensor:
+        """dt / d ln sigma from each timestep to the next."""
+        return 1 / self.log_sigmas.diff()
+
     @property
     def sigma_range(self) -> tuple[float, float]:  # type: ignore[override]
         return float(self.log_sigmas[0].exp()), float(self.log_sigmas[-1].exp())
@@ -136,10 +141,11 @@ class VPPreconditioning(Preconditioning):
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         """t(sigma), the fractional timestep, by linear interpolation in ln sigma, times `time_scale`."""
-        log_sigma, table = _double(sigma).log(), self.log_sigmas.to(_double(sigma))
-        upper = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
-        weight = (log_sigma - table[upper - 1]) / (table[upper] - table[upper - 1])
-        return self.time_scale * (upper - 1 + weight.clamp(0, 1))
+        log_sigma = _double(sigma).log()
+        table, slopes = self.log_sigmas.to(log_sigma), self._slopes.to(log_sigma)
+        lower = torch.searchsorted(table[1:-1], log_sigma)
+        weight = (log_sigma - table[lower]) * slopes[lower]
+        return self.time_scale * (lower + weight.clamp(0, 1))
 
     def sigma_from_c_noise(self, timestep: Tensor) -> Tensor:
         timestep = (_double(timestep) / self.time_scale).clamp(0, len(self.alphas_cumprod) - 1)
@@ -300,23 +306,23 @@ class Boundary:
         return 0.0 if self.form == "lcm" else self.sigma_min
 
     def scalings(self, sigma: Tensor) -> Scalings:
-        base = self.preconditioning
+        base, time = self.preconditioning, self.preconditioning.c_noise(sigma)
         if self.form == "edm" and isinstance(base, CMPreconditioning | EDMPreconditioning):
             c_skip, c_out = edm_boundary_scalings(sigma, self.sigma_min, base.sigma_data)
             c_out = getattr(base, "sign", 1.0) * c_out
         else:
-            a, b = self._mixture(sigma)
+            a, b = self._mixture(sigma, time)
             c_skip, c_out = base.output_scalings(sigma)
             c_skip, c_out = a + b * c_skip, b * c_out
-        return Scalings(c_skip, c_out, base.input_scale(sigma), base.c_noise(sigma).to(torch.float32))
+        return Scalings(c_skip, c_out, base.input_scale(sigma), time.to(torch.float32))
 
-    def _mixture(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixture(self, sigma: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """`(a, b)` with `f = a * x + b * D`."""
         base, sigma_data = self.preconditioning, self.preconditioning.sigma_data
         # A tensor: torch divides a number by a tensor through its reciprocal, and x * (1 / x) may not be 1.
         lowest = torch.as_tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
         if self.form == "lcm":
-            time = ((base.c_noise(sigma) - base.c_noise(lowest)) * self.timestep_scaling).to(sigma.dtype)
+            time = ((time - base.c_noise(lowest)) * self.timestep_scaling).to(sigma.dtype)
             a = 1 / (1 + (time / sigma_data) ** 2) / base.input_scale(sigma)
             return a, time / (time**2 + sigma_data**2) ** 0.5
         b = (sigma - self.sigma_min) / sigma

@@ -214,10 +214,10 @@ def prepare(setting: Setting, folder: Path) -> tuple[Tensor, Evaluator]:
     """The images, and what measures: a classifier that is trained once, the same for all seeds."""
     images, labels = setting.load()
     pixels = eight_bits(images, (-1.0, 1.0))
-    place = folder / "classifier"
+    place, device = folder / "classifier", PartialState().device
     if not (place / CONFIG).exists():
-        DomainClassifier.fit(pixels, labels, width=16).save(place)
-    classifier = DomainClassifier.load(place).to(PartialState().device)
+        DomainClassifier.fit(pixels.to(device), labels, width=16).save(place)
+    classifier = DomainClassifier.load(place).to(device)
     features = Features(classifier, f"64 of a small classifier of {setting.name}, not Inception's")
     reference = Reference(pixels, f"the images that {setting.name} is trained on")
     return images, Evaluator(features, reference, setting.num_images, batch_size=250)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -77,17 +76,20 @@ def make_trainer(folder: Any, method: str = "cd", device: torch.device = GPU, **
     return trainer
 
 
-def take_steps(trainer: ConsistencyTrainer, free: int | None = None) -> list[float]:
-    """All steps of a trainer, with nothing around them. Returns their losses.
+def take_steps(trainer: ConsistencyTrainer, until: int | None = None, free: int | None = None) -> list[float]:
+    """The steps of a trainer, with nothing around them. Returns their losses.
 
     Args:
+        until (`int`, *optional*): how many; all of them if it is not given.
         free (`int`, *optional*): from this step on, an operation that makes the host wait is an error.
     """
     batches, losses = iter(trainer.batches), []
-    while trainer.step < trainer.total_steps:
+    while trainer.step < (until or trainer.total_steps):
         if trainer.step == free:
             torch.cuda.set_sync_debug_mode("error")
         phase = next(p for p in trainer.phases if trainer.step < p.start + p.steps)
+        if trainer.step == phase.start:
+            trainer.averages.restart(trainer.unet, phase is trainer.phases[-1])
         record = trainer.advance(phase, batches)
         trainer.watch.after(record)
         losses.append(record.losses.mean())
@@ -179,12 +181,7 @@ def test_a_run_resumes_to_the_same_bits(method, precision, tmp_path):
     whole = make_trainer(tmp_path / "whole", method, **settings)
     whole.train()
     part = make_trainer(tmp_path / "part", method, **settings)
-    batches = iter(part.batches)
-    for _ in range(3):
-        phase = next(p for p in part.phases if part.step < p.start + p.steps)
-        if part.step == phase.start:
-            part._enter(phase, SimpleNamespace(set_description=lambda text: None))
-        part.watch.after(part.advance(phase, batches))
+    take_steps(part, until=3)
     part.watch.settle()
     part.save_checkpoint()
     resumed = make_trainer(tmp_path / "part", method, **settings, resume="auto")

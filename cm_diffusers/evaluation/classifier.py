@@ -48,20 +48,23 @@ class DomainClassifier(nn.Module):
     def fit(
         cls, images: Tensor, labels: Tensor, steps: int = 1000, batch_size: int = 128, seed: int = 0, width: int = 32
     ) -> DomainClassifier:
-        """Train one. The same images, labels and seed give the same classifier.
+        """Train one. The same images, labels and seed give the same classifier, up to the rounding of the device.
 
         Args:
-            images (`Tensor` of shape `(n, channels, height, width)`): in uint8.
-            labels (`Tensor` of shape `(n,)`): whole numbers from 0.
+            images (`Tensor` of shape `(n, channels, height, width)`): in uint8, on the device that it is trained on.
+            labels (`Tensor` of shape `(n,)`): whole numbers from 0, on any device.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(images.shape[1], min(images.shape[2:]), int(labels.max()) + 1, width)
+            model = cls(images.shape[1], min(images.shape[2:]), int(labels.max()) + 1, width).to(images.device)
+            labels = labels.to(images.device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
             for _ in tqdm(range(steps), desc="classifier"):
                 rows = torch.randint(len(images), (batch_size,))
-                noisy = images[rows].float() + 12 * torch.randn(batch_size, *images.shape[1:])
+                noise = torch.randn(batch_size, *images.shape[1:]).to(images.device)  # drawn alike on every device
+                rows = rows.to(images.device)
+                noisy = images[rows].float() + 12 * noise
                 loss = nn.functional.cross_entropy(model(noisy)[1], labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
