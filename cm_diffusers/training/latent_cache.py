@@ -71,23 +71,19 @@ class CacheWriter:
         self.plan = {"identity": identity, "rows": rows, "shard_rows": shard_rows}
         self._open()
 
-    def missing(self) -> list[tuple[int, int]]:
-        """The rows `(start, stop)` of each shard that is still to be written, because it is not there or not whole.
-
-        What is there is read in full. Processes that share the work need one list of them all: take it before any of
-        them writes.
-        """
-        return [rows for shard in range(self.num_shards) if (rows := self.missing_of(shard)) is not None]
-
     def missing_of(self, shard: int) -> tuple[int, int] | None:
-        """The same of one shard; `None` if it is whole."""
+        """The rows `(start, stop)` of a shard that is still to be written; `None` if it is there and whole.
+
+        What is there is read in full. Processes that share the work need one list of all shards: take it before any
+        of them writes.
+        """
         return None if self._is_whole(shard) else self._range(shard)
 
     def write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard. It is there whole when this returns, and before that not at all.
 
         Args:
-            start (`int`): its first row, as [`~CacheWriter.missing`] has it.
+            start (`int`): its first row, as [`~CacheWriter.missing_of`] has it.
             tensors (`Mapping[str, Tensor]`): each of shape `(stop - start, ...)`, on any device, of any dtype.
 
         Raises:

@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from damaging import damage
 
 from cm_diffusers.training import checkpoints
 from cm_diffusers.training.checkpoints import CheckpointError
@@ -16,18 +17,6 @@ def write(root: Path, step: int, content: str = "weights") -> Path:
     folder = checkpoints.checkpoint_path(root, step)
     checkpoints.write_files(folder, files)
     return folder
-
-
-def damage(file: Path, how: str) -> None:
-    data = file.read_bytes()
-    changed = {
-        "truncate": data[:-1], "empty": b"", "flip": bytes([data[0] ^ 1]) + data[1:],
-        "no text": bytes([data[0] ^ 128]) + data[1:],
-    }  # fmt: skip
-    if how == "delete":
-        file.unlink()
-    else:
-        file.write_bytes(changed[how])
 
 
 def test_newest_whole_checkpoint_is_found(tmp_path):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from damaging import damage
 from safetensors import SafetensorError
 
 from cm_diffusers.training import latent_cache
@@ -32,9 +33,13 @@ def writer(folder, **changes):
     return CacheWriter(folder, **{"identity": IDENTITY, "rows": ROWS, "shard_rows": SHARD_ROWS, **changes})
 
 
+def missing_from(cache):
+    return [rows for shard in range(cache.num_shards) if (rows := cache.missing_of(shard)) is not None]
+
+
 def write(folder, dtype=torch.float32):
     cache = writer(folder)
-    for start, stop in cache.missing():
+    for start, stop in missing_from(cache):
         cache.write(start, tensors(start, stop, dtype))
     cache.finish()
     return folder
@@ -46,16 +51,6 @@ def folder(tmp_path):
 
 
 SHARD = "latents-00001.safetensors"
-
-
-def damage(file, how):
-    content = file.read_bytes()
-    if how == "delete":
-        file.unlink()
-    elif how == "truncate":
-        file.write_bytes(content[:-1])
-    else:
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 DAMAGES = pytest.mark.parametrize("how", ["delete", "truncate", "flip"])
@@ -169,9 +164,9 @@ def test_shards_that_are_missing_or_damaged_are_written_again(folder, how, suffi
     whole = CachedLatents(folder).identity()
     damage(folder / f"latents-00001.{suffix}", how)
     cache = writer(folder)
-    assert cache.missing() == [(8, 16)]
+    assert missing_from(cache) == [(8, 16)]
     cache.write(8, tensors(8, 16))
-    assert cache.missing() == []
+    assert missing_from(cache) == []
     cache.finish()
     assert CachedLatents(folder).identity() == whole
 
@@ -196,12 +191,12 @@ case.write(Path(sys.argv[1]))
 # The fourth flush makes the first shard's move lasting, the fourth move is that of the second shard.
 @pytest.mark.parametrize(("at", "missing"), [("fsync", [(0, 8), (8, 16), (16, 22)]), ("replace", [(8, 16), (16, 22)])])
 def test_a_killed_writer_goes_on(tmp_path, at, missing):
-    cut = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), at, os.path.dirname(__file__)]
+    cut = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), at, *sys.path]
     assert subprocess.run(cut).returncode == 9
     with pytest.raises(CacheError, match="latents.json"):
         CachedLatents(tmp_path / "cut")
     cache = writer(tmp_path / "cut")
-    assert cache.missing() == missing
+    assert missing_from(cache) == missing
     with pytest.raises(CacheError, match="lacks . shards"):
         cache.finish()
     whole = CachedLatents(write(tmp_path / "whole")).identity()
@@ -251,7 +246,7 @@ def test_views_of_one_memory_are_written_apart(tmp_path):
 
 def test_shards_must_be_alike(tmp_path):
     cache = writer(tmp_path)
-    for start, stop in cache.missing():
+    for start, stop in missing_from(cache):
         cache.write(start, tensors(start, stop, torch.float16 if start == 8 else torch.float32))
     with pytest.raises(CacheError, match="shard 1's images's dtype was 'float32' and is 'float16'"):
         cache.finish()

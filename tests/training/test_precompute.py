@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from damaging import damage
 from launching import environment
 from PIL import Image
 from safetensors.torch import load_file
@@ -196,23 +197,17 @@ def test_processes_share_the_work(tmp_path, captioned):
     assert len(cached) == 90 * ROWS and len(list(tmp_path.glob("cache/*.safetensors"))) == 3
     for row in (0, 1023, 1024, 2047, 2048, 90 * ROWS - 1):
         torch.testing.assert_close(cached[row], alone[row % ROWS], rtol=1e-5, atol=1e-5)
-    tear(tmp_path / "cache" / "latents-00001.safetensors")  # the second process finds it
+    damage(tmp_path / "cache" / "latents-00001.safetensors", "flip")  # the second process finds it
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stderr.count("It is made again") == 1
     assert CachedLatents(tmp_path / "cache").identity() == cached.identity()
 
 
-def tear(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def test_what_one_process_finds_wrong_ends_all(tmp_path, caches, monkeypatch):
     """The first of two finds the only shard torn; the second has nothing to look at, and hears of it."""
     shutil.copytree(caches["sd"], tmp_path / "cache")
-    tear(tmp_path / "cache" / "latents-00000.safetensors")
+    damage(tmp_path / "cache" / "latents-00000.safetensors", "flip")
     cache, said = CachedLatents(tmp_path / "cache", verify=False), []
     monkeypatch.setattr(runtime, "gather_object", lambda mine: said.extend(mine) or list(said))
     for index in (0, 1):

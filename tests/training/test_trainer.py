@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from closed_form import Gaussian
 from conftest import build_unet
+from damaging import damage
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -301,16 +302,6 @@ def test_damage_to_any_file_of_a_checkpoint_falls_back_to_the_one_before(how, tm
         assert str(newest) in caplog.text
         (newest / name).write_bytes(whole)
     assert resumed.memory.resume("auto")[0] == 6
-
-
-def damage(file, how):
-    data = bytearray(file.read_bytes())
-    if how == "flip":
-        data[len(data) // 2] ^= 1
-    changed = {"truncate": data[:-1], "empty": b"", "flip": data}
-    file.unlink()
-    if how != "delete":
-        file.write_bytes(changed[how])
 
 
 def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path):
