@@ -25,8 +25,8 @@ the same, and take more steps where steps are cheap.
 
 **Measure.** FID of 2,000 samples in 1, 2 and 4 steps against all training images, on features of a small classifier of
 the dataset, the same for all seeds; along the training in 1 step. Four steps take sigma_max and the levels of the
-student's grid next to 16, 4 and 1 times the second of the two-step levels that the package stores. What is not finite,
-or ends at more than twice its best FID, is marked in the table.
+student's grid next to 8, 2 and 1/2 times the second of the two-step levels that the package stores. What is not
+finite, or ends at more than twice its best FID, is marked in the table.
 
 **LPIPS** enlarges images to 224 pixels for a VGG network: it says nothing of images of 8 or 16 pixels, and takes more
 compute than these students by far. The methods that have it by default get the pseudo-Huber distance with the weight

@@ -186,19 +186,21 @@ def common_settings(setting: Setting) -> dict[str, Any]:
 def few_step_levels(scheduler: ConsistencyScheduler) -> dict[str, list[float]] | None:
     """Noise levels for two and four steps, out of the grid that a student ends its training on.
 
-    For two steps those of the package; for four sigma_max, and below it the levels nearest to 16, 4 and 1 times the
-    second of two steps. Without four where the grid has too few above that; `None` where it has no second.
+    For two steps those of the package; for four sigma_max, and below it the levels nearest to 8, 2 and 1/2 times the
+    second of two steps. Without four where the grid has too few; `None` where it has no second.
     """
     stored = scheduler.config.few_step_sigmas
     if stored is None:
         return None
     highest, second = stored["2"]
-    above = [sigma for sigma in scheduler.grid[1:-1].tolist() if sigma > second * (1 + 1e-6)]
-    if len(above) < 2:
+    left = [sigma for sigma in scheduler.grid[1:-1].tolist() if sigma >= (scheduler.config.sigma_lowest or 0)]
+    if len(left) < 3:
         return stored
-    third = nearest(above[1:], 4 * second)
-    levels = [highest, nearest([sigma for sigma in above if sigma > third], 16 * second), third, second]
-    return {**stored, "4": levels}
+    levels: list[float] = []
+    for factor in (0.5, 2, 8):  # upwards, and each leaves levels for those above it
+        levels.insert(0, nearest(left[2 - len(levels) :], factor * second))
+        left = [sigma for sigma in left if sigma > levels[0]]
+    return {**stored, "4": [highest, *levels]}
 
 
 def nearest(levels: list[float], wanted: float) -> float:

@@ -128,8 +128,8 @@ def test_few_step_levels_are_of_the_grid_and_descend():
     levels = few_step_levels(scheduler)
     assert levels["2"] == [80.0, 0.4]
     assert levels["4"] == sorted(set(levels["4"]), reverse=True)
-    assert all(min(abs(scheduler.grid - sigma)) < 1e-5 for sigma in levels["4"][:-1])
-    assert levels["4"][1:] == pytest.approx([6.4, 1.6, 0.4], rel=0.4)
+    assert all(min(abs(scheduler.grid - sigma)) < 1e-5 for sigma in levels["4"])
+    assert levels["4"][1:] == pytest.approx([3.2, 0.8, 0.2], rel=0.4)
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 4, 5])

@@ -10,6 +10,7 @@ from diffusers import CMStochasticIterativeScheduler
 from cm_diffusers.noise_levels import (
     GridLevels,
     MappedLevels,
+    default_second_sigma,
     doubling_num_levels,
     karras_grid,
     lognormal_probabilities,
@@ -216,3 +217,10 @@ def test_truncated_levels_have_their_share_at_the_boundary() -> None:
     pair = levels.at(0, torch.linspace(0, 0.9999, 4000, dtype=torch.float64))
     assert float((pair.sigma == 0.7).double().mean()) == pytest.approx(0.25, abs=0.01)
     assert pair.sigma.min() == pytest.approx(0.7) and pair.sigma_lower.min() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("size", "lowest", "highest"), [(8, 0.5, 0.9), (32, 0.585, 0.821), (64, 1.382, 1.913), (256, 3.991, 4.366)]
+)
+def test_the_second_of_two_steps_is_about_where_it_was_published_or_measured(size, lowest, highest) -> None:
+    assert 0.9 * lowest < default_second_sigma(size) < 1.1 * highest

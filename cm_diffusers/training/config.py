@@ -165,7 +165,7 @@ class ConsistencyConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "by default accelerate's own setting")
     allow_tf32: bool = _option(True, "float32 matrix products in TF32 on GPUs that have it")
     compile: bool = _option(False, "compile student, target and teacher with torch.compile")
-    channels_last: bool = _option(False, "memory format of networks and images; faster convolutions on most GPUs")
+    channels_last: bool = _option(False, "memory format; measure it: norms may cost what convolutions gain")
     gradient_checkpointing: bool = _option(False, "compute activations again in the backward pass, to save memory")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "precision of the frozen teacher")
     max_bad_steps: int = _option(10, "so many steps in a row without a finite gradient end the run")
