@@ -236,7 +236,7 @@ def default_second_sigma(image_size: int) -> float:
     """The level that two-step sampling returns to when nobody has searched for a better one.
 
     A power law through the values published for images of 32, 64 and 256 pixels: 0.6 to 0.8 (CIFAR-10), 1.4 to 1.9
-    (ImageNet-64) and 4.0 to 4.4 (LSUN bedroom); Song et al. 2023, Geng et al. 2024. It ends there: among the levels
-    from 0.2 to 1.2, students of images of 8 pixels have their least FID at 0.55 to 0.7, too.
+    (ImageNet-64) and 4.0 to 4.4 (LSUN bedroom); Song et al. 2023, Geng et al. 2024. It ends there: of the levels from
+    0.2 to 1.2, students of digits (8 pixels) and of Fashion-MNIST (16) have their least FID at 0.55 to 0.9, too.
     """
     return 0.7 * math.pow(max(image_size, 32) / 32, 0.86)
