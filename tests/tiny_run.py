@@ -33,6 +33,7 @@ from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
 from cm_diffusers.commands.training import parse_config
 from cm_diffusers.doctor import measure_footprint
 from cm_diffusers.training import checkpoints
+from cm_diffusers.training.runtime import thread_names
 
 SETTINGS = {
     "distance": "pseudo_huber", "weighting": "inverse_gap", "num_levels": 6, "batch_size": 8, "max_train_steps": 12,
@@ -107,8 +108,7 @@ def main(arguments: list[str]) -> None:
     trainer.train()
     if is_main:
         (Path(config.output_dir) / "losses.json").write_text(json.dumps(losses))
-        threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-        (Path(config.output_dir) / "threads.json").write_text(json.dumps(threads))
+        (Path(config.output_dir) / "threads.json").write_text(json.dumps(thread_names()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -77,7 +79,7 @@ def end_training(accelerator: Accelerator, student: nn.Module) -> None:
 
     Connections have threads, which end when nothing refers to their process group any more, and may abort a process
     whose interpreter shuts down before: gloo's let go of the tensors of an exchange a moment after it has ended. A
-    barrier, which has no tensors, gives that moment to those that must stay.
+    barrier, which has no tensors, and a second give that moment to those that stay, as sharded networks' do.
     """
     accelerator.wait_for_everyone()
     if uses_zero(accelerator):
@@ -86,6 +88,18 @@ def end_training(accelerator: Accelerator, student: nn.Module) -> None:
         for holder in ("reducer", "logger", "process_group"):
             setattr(student, holder, None)
     accelerator.end_training()
+    deadline = time.monotonic() + 1.0
+    while any("gloo" in name for name in thread_names()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def thread_names() -> list[str]:
+    """Of this process; none where the system does not tell."""
+    found = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(file.read_text().strip())
+    return found
 
 
 def in_precision(teacher: nn.Module, config: ConsistencyConfig) -> nn.Module:
