@@ -28,7 +28,7 @@ MOST_DUMPS = 20
 
 
 class Preempted(SystemExit):
-    """The run was told to end (SIGTERM), and has written a checkpoint: exit code 75, "try again later"."""
+    """The run was told to end, and has written a checkpoint: exit code 75, "try again later"."""
 
     def __init__(self, message: str) -> None:
         super().__init__(EXIT_CODE_PREEMPTED)
@@ -59,6 +59,12 @@ class StepRecord:
     values: dict[str, Any]
 
 
+def launcher() -> int | None:
+    """The process that launched this one, if torchrun or `accelerate launch` did."""
+    is_launched = os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"}
+    return os.getppid() if is_launched else None
+
+
 class Watch:
     """Reads how each step went when the next has been handed to the device.
 
@@ -72,12 +78,15 @@ class Watch:
         self.accelerator, self.folder = accelerator, folder
         self.limit = limit if accelerator.scaler is None else limit + SCALER_GRACE
         self.skipped = self.in_a_row = self._dumped = 0
-        self._asked_to_stop = False
+        self._asked_to_stop, self._launcher = False, launcher()
         self._pending: tuple[StepRecord, Tensor, Any] | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a request to stop after the current step, as long as the context lasts."""
+        """Take SIGTERM as a request to stop after the current step, as long as the context lasts.
+
+        So is the end of the launcher: with one process, `accelerate launch` does not pass SIGTERM on.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -97,7 +106,8 @@ class Watch:
             `FloatingPointError`: when too many steps in a row were bad. The weights are the last good ones.
         """
         # Filled on the device: a copy from the host would wait for all that is under way.
-        asked = torch.full((), float(self._asked_to_stop), device=record.bad.device)
+        is_orphan = self._launcher is not None and os.getppid() != self._launcher
+        asked = torch.full((), float(self._asked_to_stop or is_orphan), device=record.bad.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
         flags = torch.stack([record.bad.float(), asked])

@@ -170,7 +170,7 @@ class ConsistencyTrainer:
         The saved weights are the evaluation EMA's.
 
         Raises:
-            `Preempted`: a `SystemExit` with code 75, after SIGTERM; a checkpoint was written.
+            `Preempted`: a `SystemExit` with code 75, after SIGTERM or the end of its launcher; a checkpoint was written.
             `FloatingPointError`: when too many steps in a row had no finite gradient.
             `CheckpointError`: if the checkpoint to resume from is damaged, or one cannot be written.
         """
@@ -223,7 +223,7 @@ class ConsistencyTrainer:
         self.watch.settle()
         folder = self.save_checkpoint()
         end_training(self.accelerator, self.student)
-        message = f"Asked to end (SIGTERM): the run is saved in {folder}, go on with `resume: auto`."
+        message = f"Asked to end: the run is saved in {folder}, go on with `resume: auto`."
         logger.warning(message)
         raise Preempted(message)
 

@@ -29,6 +29,11 @@ RUNS = {
 }
 # Two workers and two micro-steps; and dropout, by the environment.
 COMMON = {"max_train_steps": STEPS, "num_workers": 2, "gradient_accumulation_steps": 2, "checkpoint_limit": 2}
+# Which starts one process itself, and more by torchrun.
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.launch",
+    *"--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split(),
+]  # fmt: skip
 DROPOUT = {"TINY_DROPOUT": "0.2"}
 
 
@@ -106,8 +111,9 @@ def end(process: subprocess.Popen, family: list[psutil.Process]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_sigterm_to_torchrun_saves_on_all_ranks(tmp_path):
-    settings = {**RUNS["two ranks"], **COMMON, "checkpoint_steps": 1000}
+@pytest.mark.parametrize("launched", [RUNS["two ranks"], {"launcher": ACCELERATE}], ids=["torchrun", "accelerate"])
+def test_sigterm_to_the_launcher_saves_on_all_ranks(launched, tmp_path):
+    settings = {**launched, **COMMON, "checkpoint_steps": 1000}
     env = environment(TINY_PAUSE="0.1")
     process = subprocess.Popen(
         command(tmp_path, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
