@@ -90,11 +90,14 @@ def test_the_demo_shows_no_teacher_of_text_beside_a_student_without(shared):
         main(["demo", str(shared / "pixels"), "--teacher", str(shared / "teacher")])
 
 
-def test_a_run_says_how_its_student_is_sampled(shared, tmp_path, capsys):
+@pytest.mark.parametrize("adapters", [[], ["--lora_rank", "2", "--guidance_scale", "3"]], ids=["whole", "adapters"])
+def test_a_run_says_how_its_student_is_sampled(adapters, shared, tmp_path, capsys):
     make_captioned().save_to_disk(tmp_path / "cats")
     main([
         "distill", "--method", "lcm", "--teacher", str(shared / "teacher"), "--dataset", str(tmp_path / "cats"),
         "--max_train_steps", "1", "--batch_size", "2", "--num_samples", "1", "--teacher_check", "false", "--tracker",
-        "none", "--sample_steps", "0", "--output_dir", str(tmp_path / "run"),
+        "none", "--sample_steps", "0", "--output_dir", str(tmp_path / "run"), *adapters,
     ])  # fmt: skip
-    assert f"Sample with: cm-diffusers sample {tmp_path / 'run'} --prompts TEXT" in capsys.readouterr().out
+    told = capsys.readouterr().out.split("Sample with: cm-diffusers ")[1].replace("TEXT", "cat").split()
+    main([*told, "--num_images", "1", "--output_dir", str(tmp_path / "images")])
+    assert (tmp_path / "images" / "grid.png").exists()

@@ -58,8 +58,8 @@ def load_student(options: argparse.Namespace, load: Callable[..., Any]) -> Any:
     """`options.model` as a pipeline, by what loads it, where and as [`add_model_options`] say."""
     import torch
 
-    precision = {} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}
-    return load(options.model, **precision).to(options.device or best_device())
+    pipeline = load(options.model, torch_dtype=getattr(torch, options.dtype))
+    return pipeline.to(options.device or best_device())
 
 
 def best_device() -> str:

@@ -28,8 +28,9 @@ def _train(command: str, arguments: Sequence[str], method: str) -> None:
     trainer = ConsistencyTrainer(ConsistencyConfig.from_dict(values))
     trainer.train()
     if trainer.accelerator.is_main_process:
-        of_text = "" if trainer.text is None else " --prompts TEXT"
-        print(f"Student saved to {trainer.output_dir}. Sample with: cm-diffusers sample {trainer.output_dir}{of_text}")
+        base = f" --base {values['teacher']}" if trainer.config.lora_rank else ""
+        options = "" if trainer.text is None else f"{base} --prompts TEXT"
+        print(f"Student saved to {trainer.output_dir}. Sample with: cm-diffusers sample {trainer.output_dir}{options}")
 
 
 def doctor(arguments: Sequence[str]) -> None:

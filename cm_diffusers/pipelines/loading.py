@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
@@ -28,7 +29,8 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         base (*optional*): for adapters, the pipeline that they belong to, or its folder or Hub id; by default the
             teacher's, if the student's record knows it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`: float32 unless it is given, whatever
+            was stored. (On its own, diffusers takes float32, transformers what was stored.)
 
     Raises:
         `ValueError`: if there is no student at `path`, adapters without the pipeline that they belong to, or a `base`
@@ -42,6 +44,7 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
     """
     place = str(path)
     hub = download_options({**options, "revision": revision})
+    options.setdefault("torch_dtype", torch.float32)
     index = _index(place, hub)
     if index is None:
         return _load_adapters(place, base, hub, options)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from cm_diffusers.pipelines.stored import StoredPipeline
 from cm_diffusers.schedulers import ConsistencyScheduler
@@ -52,18 +55,26 @@ def save_student(pipeline: Any, folder: Path) -> None:
     if isinstance(pipeline, StoredPipeline):
         pipeline.save_pretrained(folder)
         return
-    scheduler = pipeline.scheduler
-    stock = stored_scheduler(scheduler)
+    stock = stored_scheduler(pipeline.scheduler)
     if hasattr(pipeline.unet, "peft_config"):
         save_adapters(pipeline, folder)
         stock.save_pretrained(folder / "scheduler")
         return
+    stored = {**in_one_precision(pipeline), "scheduler": stock}
+    before = {name: getattr(pipeline, name) for name in stored}
     try:
-        pipeline.register_modules(scheduler=stock)
+        pipeline.register_modules(**stored)
         pipeline.unet.register_to_config(_name_or_path="")
         pipeline.save_pretrained(folder)
     finally:
-        pipeline.register_modules(scheduler=scheduler)
+        pipeline.register_modules(**before)
+
+
+def in_one_precision(pipeline: Any) -> dict[str, nn.Module]:
+    """Copies, in its network's precision, of a pipeline's parts in another: loaded as they are, they would not fit."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    dtype = pipeline.unet.dtype
+    return {name: nn.Module.to(copy.deepcopy(m), dtype) for name, m in modules.items() if m.dtype != dtype}
 
 
 def save_into(pipeline: Any, folder: Path) -> None:

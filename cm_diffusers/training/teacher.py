@@ -110,7 +110,8 @@ def _load_pipeline(path: str, revision: str | None) -> Any:
         loader = ConsistencyPipeline if ours else DiffusionPipeline
         if "cm_diffusers" in str(config.get("scheduler")) and not Path(path).is_dir():
             path, revision = ConsistencyPipeline.download(path, revision=revision), None  # diffusers' own refuses it
-        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True)
+        # On its own, diffusers takes float32, transformers what was stored.
+        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load a pipeline with safetensors weights from {path!r}: {error}") from error
     if not hasattr(pipeline, "unet"):

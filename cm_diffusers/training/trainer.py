@@ -170,7 +170,7 @@ class ConsistencyTrainer:
         The saved weights are the evaluation EMA's.
 
         Raises:
-            `Preempted`: a `SystemExit` with code 75, after SIGTERM or the end of its launcher; a checkpoint was written.
+            `Preempted`: a `SystemExit` with code 75, after SIGTERM or its launcher's end; a checkpoint was written.
             `FloatingPointError`: when too many steps in a row had no finite gradient.
             `CheckpointError`: if the checkpoint to resume from is damaged, or one cannot be written.
         """

@@ -11,6 +11,7 @@ from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler, load_pipelin
 from cm_diffusers.pipelines.loading import refuse_prompts
 from cm_diffusers.pipelines.text import draw_prompts
 from cm_diffusers.training.randomness import generators
+from cm_diffusers.training.saving import save_student
 
 
 @pytest.fixture
@@ -26,6 +27,32 @@ def test_a_saved_student_is_what_it_was(tmp_path, kind):
     assert isinstance(loaded.scheduler, ConsistencyScheduler)
     found, expected = (draw_prompts(p, ["a cat"], 2, 1.0, generators([0])) for p in (loaded, make_text_student(kind)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["untold", "adapters"])
+def test_what_was_stored_in_half_precision_is_loaded_in_float32_or_as_asked(tmp_path, kind):
+    base = make_stable_diffusion().to(dtype=torch.float16)
+    folder = save_text_student(tmp_path / "student", kind)
+    if kind == "adapters":
+        base.save_pretrained(tmp_path / "base")
+    else:
+        make_text_student(kind).to(dtype=torch.float16).save_pretrained(folder)
+    for asked in ({}, {"torch_dtype": torch.bfloat16}):
+        loaded = load_pipeline(folder, base=tmp_path / "base" if kind == "adapters" else None, **asked)
+        modules = loaded.text_encoder, loaded.unet, loaded.vae
+        assert {m.dtype for m in modules} == {asked.get("torch_dtype", torch.float32)}
+        draw_prompts(loaded, ["a cat"], 2, 1.0, generators([0]))
+
+
+def test_a_student_is_saved_in_one_precision(tmp_path):
+    """Stock diffusers and transformers would load each part as they think best, and these would not fit."""
+    pipe = make_text_student()
+    encoder = pipe.text_encoder.to(torch.float16)
+    save_student(pipe, tmp_path)
+    assert pipe.text_encoder is encoder and encoder.dtype == torch.float16
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert stock.text_encoder.dtype == stock.unet.dtype == torch.float32
+    assert torch.isfinite(draw_prompts(stock, ["a cat"], 1, 8.5, generators([0]))).all()
 
 
 def test_a_base_is_for_adapters_alone(tmp_path, pixels):
