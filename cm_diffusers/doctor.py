@@ -25,10 +25,11 @@ from torch import nn
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients, gathered_at_once
 from cm_diffusers.training.objectives.pairs import PairObjective
+from cm_diffusers.training.preparation import load_teacher_of
 from cm_diffusers.training.runtime import end_training
 from cm_diffusers.training.saving import stored_scheduler
 from cm_diffusers.training.sharding import is_sharded, uses_zero
-from cm_diffusers.training.teacher import Teacher, load_teacher
+from cm_diffusers.training.teacher import Teacher
 from cm_diffusers.training.trainer import ConsistencyTrainer
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub", "lpips", "safetensors")
@@ -108,7 +109,7 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
         config = ConsistencyConfig.from_dict({**config.to_dict(), **quiet})
         source = config.teacher if teacher is None else teacher
         if source is not None:
-            loaded = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
+            loaded = load_teacher_of(config, source)
             found.lines += _describe_teacher(loaded)
             teacher = (loaded.unet, loaded.scheduler) if loaded.text is None else loaded.text.pipeline
             if not _weights_fit(found, config, loaded):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # How wide the guidance scale is told to networks that are told it (Luo et al. 2023).
 GUIDANCE_CHANNELS = 256
@@ -62,6 +63,16 @@ def guidance_embedding(weight: Tensor, channels: int = GUIDANCE_CHANNELS) -> Ten
     frequencies = torch.exp(torch.arange(half, device=weight.device) * (-math.log(10_000.0) / (half - 1)))
     angles = 1000.0 * weight.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def copy_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another precision, without one in the network's own on the way."""
+    memo: dict[int, Tensor] = {
+        id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), weight.requires_grad)
+        for weight in network.parameters()
+    }
+    memo |= {id(b): b.to(dtype, copy=True) for b in network.buffers() if b.is_floating_point()}
+    return copy.deepcopy(network, memo)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

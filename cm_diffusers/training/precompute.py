@@ -100,7 +100,7 @@ def _load_text(config: ConsistencyConfig, teacher: Any) -> tuple[str, TextToImag
     source = config.teacher if teacher is None else teacher
     if source is None:
         raise ValueError("Latents and prompt embeddings are a `teacher`'s: set it.")
-    loaded = load_teacher(source, config.teacher_revision)
+    loaded = load_teacher(source, config.teacher_revision, dtype=torch.float16)  # its network is not asked
     if loaded.text is None:
         raise ValueError(f"`teacher` must make images of text, and {loaded.name} does not.")
     return loaded.name, loaded.text

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DModel
@@ -33,6 +34,12 @@ from cm_diffusers.training.text_to_image import TextToImage
 ADAPTERS_LEARN_FASTER = 5
 
 
+def load_teacher_of(config: ConsistencyConfig, source: Any) -> Teacher:
+    """The teacher of a run, `source` as for `load_teacher`; adapters need no network in float32 to begin with."""
+    dtype = getattr(torch, config.teacher_dtype) if config.lora_rank else torch.float32
+    return load_teacher(source, config.teacher_revision, config.teacher_prediction_type, dtype)
+
+
 def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> Teacher | None:
     """The teacher of a run; its weights are a student's of adapters, too, and then in `teacher_dtype` from the start.
 
@@ -47,7 +54,7 @@ def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> T
         if config.source == "teacher":
             raise ValueError(f"`method={config.method!r}` needs a `teacher`.")
         return None
-    teacher = load_teacher(source, config.teacher_revision, config.teacher_prediction_type)
+    teacher = load_teacher_of(config, source)
     if config.lora_rank:
         if config.teacher_dtype != "float32" and precision == "no":
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from cm_diffusers.network_config import height_and_width
+from cm_diffusers.networks import copy_in
 from cm_diffusers.training import zero
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.sharding import prepare_sharding, uses_zero
@@ -107,7 +107,7 @@ def in_precision(teacher: nn.Module, config: ConsistencyConfig) -> nn.Module:
     dtype = getattr(torch, config.teacher_dtype)
     if all(parameter.dtype == dtype for parameter in teacher.parameters()):
         return teacher
-    return nn.Module.to(copy.deepcopy(teacher), dtype)
+    return copy_in(teacher, dtype)
 
 
 def lay_out(config: ConsistencyConfig, network: nn.Module, in_parts: bool = False) -> nn.Module:

@@ -41,7 +41,9 @@ class Teacher:
         return Denoiser(self.unet, self.preconditioning)
 
 
-def load_teacher(source: Any, revision: str | None = None, prediction_type: str | None = None) -> Teacher:
+def load_teacher(
+    source: Any, revision: str | None = None, prediction_type: str | None = None, dtype: torch.dtype = torch.float32
+) -> Teacher:
     """A teacher from whatever the user has.
 
     Args:
@@ -49,6 +51,7 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
             a pipeline, of Stable Diffusion or SDXL.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         prediction_type (`str`, *optional*): replaces the one in the scheduler's config.
+        dtype (`torch.dtype`): in which a folder's network is loaded. What stands before it is in float32.
 
     Raises:
         `TypeError`: if `source` is none of these, or its network takes other inputs than an image UNet's.
@@ -60,7 +63,7 @@ def load_teacher(source: Any, revision: str | None = None, prediction_type: str 
             raise TypeError(f"A pair (unet, scheduler) has two parts, got {len(source)}.")
         (unet, scheduler), name = source, type(source[0]).__name__
     elif isinstance(source, str) or hasattr(source, "__fspath__"):
-        pipeline = _load_pipeline(str(source), revision)
+        pipeline = _load_pipeline(str(source), revision, dtype)
         unet, scheduler, name = pipeline.unet, pipeline.scheduler, str(source)
     elif hasattr(source, "unet") and hasattr(source, "scheduler"):
         pipeline, unet, scheduler, name = source, source.unet, source.scheduler, type(source).__name__
@@ -99,7 +102,7 @@ def takes_text(source: Any, revision: str | None = None) -> bool:
     return hasattr(source, "text_encoder")
 
 
-def _load_pipeline(path: str, revision: str | None) -> Any:
+def _load_pipeline(path: str, revision: str | None, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     from cm_diffusers.pipelines import ConsistencyPipeline
@@ -111,7 +114,8 @@ def _load_pipeline(path: str, revision: str | None) -> Any:
         if "cm_diffusers" in str(config.get("scheduler")) and not Path(path).is_dir():
             path, revision = ConsistencyPipeline.download(path, revision=revision), None  # diffusers' own refuses it
         # On its own, diffusers takes float32, transformers what was stored.
-        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True, torch_dtype=torch.float32)
+        precision = {"unet": dtype, "default": torch.float32}
+        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True, torch_dtype=precision)
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load a pipeline with safetensors weights from {path!r}: {error}") from error
     if not hasattr(pipeline, "unet"):

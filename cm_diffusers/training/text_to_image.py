@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from cm_diffusers.networks import copy_in
 from cm_diffusers.pipelines.text import network_latents, overflows_in_half
 from cm_diffusers.training.randomness import SampleRandom
 
@@ -195,6 +196,6 @@ def _encoders_of(pipeline: Any) -> dict[str, nn.Module]:
 def _copies(pipeline: Any, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
     """Copies of a pipeline's encoders, moved as modules of torch, as diffusers' own way warns of what it moves."""
     return {
-        name: nn.Module.to(copy.deepcopy(module), device, vae_dtype if name == "vae" else dtype)
+        name: nn.Module.to(copy_in(module, vae_dtype if name == "vae" else dtype), device)
         for name, module in _encoders_of(pipeline).items()
     }

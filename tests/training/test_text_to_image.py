@@ -15,6 +15,7 @@ from cm_diffusers.doctor import measure_footprint
 from cm_diffusers.guidance import GuidedDenoiser
 from cm_diffusers.networks import guidance_embedding, network_output
 from cm_diffusers.training import text_to_image
+from cm_diffusers.training.preparation import load_teacher_of
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.text_to_image import TextToImage
 
@@ -197,6 +198,18 @@ def test_the_callers_pipeline_stays_as_it_is(tmp_path, captioned):
     assert pipe.vae.dtype == pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_adapters_take_their_network_from_a_folder_in_the_teachers_precision(stored, tmp_path, captioned):
+    make_sdxl().to(dtype=stored).save_pretrained(tmp_path / "teacher")
+    half = {"teacher_dtype": "bfloat16", "mixed_precision": "bf16"}
+    config = ConsistencyConfig(method="lcm", lora_rank=2, **half)
+    loaded = load_teacher_of(config, tmp_path / "teacher")
+    assert loaded.unet.dtype == torch.bfloat16
+    encoders = loaded.text.pipeline
+    assert encoders.vae.dtype == encoders.text_encoder.dtype == encoders.text_encoder_2.dtype == torch.float32
+    train(tmp_path / "run", captioned, teacher=tmp_path / "teacher", lora_rank=2, **half)
 
 
 # The published algorithm --------------------------------------------------------------------------------------------
