@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.pipelines.stored import download_options
+from cm_diffusers.pipelines.weights import load_weights
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
@@ -29,8 +29,7 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         base (*optional*): for adapters, the pipeline that they belong to, or its folder or Hub id; by default the
             teacher's, if the student's record knows it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`: float32 unless it is given, whatever
-            was stored. (On its own, diffusers takes float32, transformers what was stored.)
+        options: of `DiffusionPipeline.from_pretrained`, such as `dtype`: float32 unless it is given.
 
     Raises:
         `ValueError`: if there is no student at `path`, adapters without the pipeline that they belong to, or a `base`
@@ -44,18 +43,17 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
     """
     place = str(path)
     hub = download_options({**options, "revision": revision})
-    options.setdefault("torch_dtype", torch.float32)
     index = _index(place, hub)
     if index is None:
         return _load_adapters(place, base, hub, options)
     if base is not None:
         raise ValueError(f"`base` is for adapters, and {place!r} holds a whole pipeline.")
     if "text_encoder" not in index:
-        return ConsistencyPipeline.from_pretrained(place, revision=revision, **options)
+        return load_weights(ConsistencyPipeline, place, revision=revision, **options)
     patterns = [f"*/{part}" for part in PARTS] + ["model_index.json"]
     folder = _fetch(place, patterns, hub, options.get("variant"))
     scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
-    return DiffusionPipeline.from_pretrained(folder, scheduler=scheduler, **options)
+    return load_weights(DiffusionPipeline, folder, scheduler=scheduler, **options)
 
 
 def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None:
@@ -106,7 +104,7 @@ def _load_adapters(place: str, base: Any, hub: Mapping[str, Any], options: dict[
     base = base or _teacher_of(folder)
     if base is None:
         raise ValueError(f"{place!r} holds adapters: pass `base`, the pipeline that they belong to.")
-    pipeline = DiffusionPipeline.from_pretrained(base, **options) if isinstance(base, str | Path) else base
+    pipeline = load_weights(DiffusionPipeline, str(base), **options) if isinstance(base, str | Path) else base
     pipeline.load_lora_weights(folder)
     if (folder / "scheduler").is_dir():
         pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")

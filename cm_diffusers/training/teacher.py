@@ -106,6 +106,7 @@ def _load_pipeline(path: str, revision: str | None, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     from cm_diffusers.pipelines import ConsistencyPipeline
+    from cm_diffusers.pipelines.weights import load_weights
 
     try:
         config = DiffusionPipeline.load_config(path, revision=revision)
@@ -113,9 +114,8 @@ def _load_pipeline(path: str, revision: str | None, dtype: torch.dtype) -> Any:
         loader = ConsistencyPipeline if ours else DiffusionPipeline
         if "cm_diffusers" in str(config.get("scheduler")) and not Path(path).is_dir():
             path, revision = ConsistencyPipeline.download(path, revision=revision), None  # diffusers' own refuses it
-        # On its own, diffusers takes float32, transformers what was stored.
         precision = {"unet": dtype, "default": torch.float32}
-        pipeline = loader.from_pretrained(path, revision=revision, use_safetensors=True, torch_dtype=precision)
+        pipeline = load_weights(loader, path, revision=revision, use_safetensors=True, dtype=precision)
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load a pipeline with safetensors weights from {path!r}: {error}") from error
     if not hasattr(pipeline, "unet"):

@@ -6,8 +6,11 @@ import sys
 
 import diffusers
 import pytest
+import torch
 from conftest import build_unet
 from hub_server import serve
+from stable_diffusion import make_stable_diffusion
+from text_students import save_text_student
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.schedulers import ScaledTimeEDMScheduler
@@ -22,6 +25,8 @@ def hub(tmp_path_factory):
     diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(root / "me" / "teacher")
     scaled = diffusers.ConsistencyModelPipeline(build_unet(), ScaledTimeEDMScheduler())
     scaled.save_pretrained(root / "me" / "imported")
+    make_stable_diffusion().to(dtype=torch.float16).save_pretrained(root / "me" / "half", variant="fp16")
+    save_text_student(root / "me" / "adapters", "adapters")
     with serve(root) as endpoint:
         yield endpoint
 
@@ -61,6 +66,20 @@ def test_a_teacher_loads_by_id(hub, tmp_path, repo, field, value):
     )
     result = run(code, hub, tmp_path)
     assert result.stdout.strip() == value, result.stderr
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "from cm_diffusers.training.teacher import load_teacher\np = load_teacher('me/half').text.pipeline",
+        "from cm_diffusers import load_pipeline\np = load_pipeline('me/adapters', base='me/half')",
+    ],
+    ids=["teacher", "base"],
+)
+def test_weights_in_fp16_are_taken_where_there_are_no_others(hub, tmp_path, load):
+    result = run(f"{load}\nprint(p.unet.dtype, p.text_encoder.dtype, p.vae.dtype)", hub, tmp_path)
+    assert result.stdout.split() == 3 * ["torch.float32"], result.stderr
+    assert "torch_dtype" not in result.stderr  # a name that diffusers warns of
 
 
 def test_a_missing_repository_is_a_clear_error(hub, tmp_path):
