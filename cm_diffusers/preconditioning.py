@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -107,7 +107,7 @@ class VPPreconditioning(Preconditioning):
         sigma_data, time_scale (`float`): see [`Preconditioning`].
     """
 
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor = field(repr=False)
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
     time_scale: float = 1.0
