@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from cm_diffusers.evaluation.sampling import Sampler, student_sampler, teacher_sampler
 from cm_diffusers.pipelines import ConsistencyInpaintPipeline, ConsistencyPipeline
 from cm_diffusers.pipelines.loading import refuse_prompts
+from cm_diffusers.pipelines.weights import load_weights
 from cm_diffusers.training.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_models(
         `ValueError`: if the student makes images of text.
     """
     refuse_prompts(student)
-    pipeline = ConsistencyPipeline.from_pretrained(student).to(device)
+    pipeline = load_weights(ConsistencyPipeline, str(student)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if teacher is None:
         return pipeline, None

@@ -70,6 +70,7 @@ def copy_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     memo: dict[int, Tensor] = {
         id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), weight.requires_grad)
         for weight in network.parameters()
+        if weight.is_floating_point()
     }
     memo |= {id(b): b.to(dtype, copy=True) for b in network.buffers() if b.is_floating_point()}
     return copy.deepcopy(network, memo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,9 +126,10 @@ def _walk(options: argparse.Namespace) -> Iterator[Row]:
 def _pipeline(kind: str, options: argparse.Namespace) -> Any:
     import cm_diffusers
     from cm_diffusers.pipelines.loading import refuse_prompts
+    from cm_diffusers.pipelines.weights import load_weights
 
     refuse_prompts(options.model)
-    return load_student(options, getattr(cm_diffusers, EDITS[kind][0]).from_pretrained)
+    return load_student(options, functools.partial(load_weights, getattr(cm_diffusers, EDITS[kind][0])))
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -38,9 +38,10 @@ def export(arguments: Sequence[str]) -> None:
     from cm_diffusers import ConsistencyPipeline
     from cm_diffusers.hub import export_to_diffusers, export_to_onnx
     from cm_diffusers.pipelines.loading import refuse_prompts
+    from cm_diffusers.pipelines.weights import load_weights
 
     refuse_prompts(options.model)
-    pipeline = ConsistencyPipeline.from_pretrained(options.model)
+    pipeline = load_weights(ConsistencyPipeline, options.model)
     if options.format == "onnx":
         print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")
     else:

@@ -56,10 +56,11 @@ def _draw_classes(options: argparse.Namespace) -> Any:
 
     from cm_diffusers import ConsistencyPipeline
     from cm_diffusers.pipelines.loading import refuse_prompts
+    from cm_diffusers.pipelines.weights import load_weights
     from cm_diffusers.training.randomness import generators
 
     refuse_prompts(options.model)
-    pipeline = load_student(options, ConsistencyPipeline.from_pretrained)
+    pipeline = load_student(options, functools.partial(load_weights, ConsistencyPipeline))
     labels = options.class_labels
     if labels is not None and len(labels) not in (1, options.num_images):
         raise ValueError(f"Got {len(labels)} class labels for {options.num_images} images.")

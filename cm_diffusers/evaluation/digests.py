@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 def network_digest(network: nn.Module, *facts: str) -> str:
-    """Sixteen hexadecimal digits of the weights, and of whatever else decides what the network gives."""
+    """Sixteen hexadecimal digits of the weights, and of whatever else decides what the network gives.
+
+    Weights stored in half precision have the digits of the same numbers in float32.
+    """
     return weights_digest(network.state_dict(), *facts)
 
 
@@ -20,7 +23,8 @@ def weights_digest(weights: Mapping[str, Tensor], *facts: str) -> str:
     """The same of weights by their names."""
     digest = hashlib.sha256("\0".join(facts).encode())
     for name, value in sorted(weights.items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        exact = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        digest.update(name.encode() + exact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cm_diffusers.hub.card import is_rendered, render_card
 from cm_diffusers.pipelines.loading import ADAPTERS
+from cm_diffusers.pipelines.stored import TRANSPORT_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ PUBLISHED = [
 ]  # fmt: skip
 # Where these libraries write down the place that a part was once loaded from.
 PLACES = ("_name_or_path", "name_or_path")
-# What the client's HTTP library raises, whichever that is, and what the system does.
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 # The client puts what fails with large files into a RuntimeError.
 CALL_ERRORS: tuple[type[Exception], ...] = (*TRANSPORT_ERRORS, RuntimeError)
 T = TypeVar("T")

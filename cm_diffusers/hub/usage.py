@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cm_diffusers.hub.student import Student
 from cm_diffusers.pipelines.text import TOLD_GUIDANCE_SCALE
+from cm_diffusers.pipelines.weights import DTYPE
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 INSTALL = "# pip install cm_diffusers"
@@ -99,8 +100,9 @@ def _stock_pipeline(student: Student) -> str:
 
 def _stock_adapters(student: Student, base: str) -> str:
     return _python(
-        "from diffusers import DiffusionPipeline, LCMScheduler", "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{student.repo_id}")',
+        "import torch", "from diffusers import DiffusionPipeline, LCMScheduler", "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}", {DTYPE}=torch.float32)',
+        f'pipe.load_lora_weights("{student.repo_id}")',
         f'pipe.scheduler = LCMScheduler.from_pretrained("{student.repo_id}", subfolder="scheduler")',
         _image(student),
     )  # fmt: skip

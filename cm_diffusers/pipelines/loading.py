@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.pipelines.stored import download_options
-from cm_diffusers.pipelines.weights import load_weights
+from cm_diffusers.pipelines.weights import HALF, load_weights
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
@@ -29,7 +29,8 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         base (*optional*): for adapters, the pipeline that they belong to, or its folder or Hub id; by default the
             teacher's, if the student's record knows it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        options: of `DiffusionPipeline.from_pretrained`, such as `dtype`: float32 unless it is given.
+        options: of `DiffusionPipeline.from_pretrained`, such as `dtype`: float32 unless it is given. A `base` that
+            is a pipeline already stays as it is.
 
     Raises:
         `ValueError`: if there is no student at `path`, adapters without the pipeline that they belong to, or a `base`
@@ -52,6 +53,8 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         return load_weights(ConsistencyPipeline, place, revision=revision, **options)
     patterns = [f"*/{part}" for part in PARTS] + ["model_index.json"]
     folder = _fetch(place, patterns, hub, options.get("variant"))
+    if not list(Path(folder).glob("*/*.safetensors")):
+        folder = _fetch(place, patterns, hub, HALF)
     scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
     return load_weights(DiffusionPipeline, folder, scheduler=scheduler, **options)
 

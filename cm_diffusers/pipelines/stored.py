@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
 
 from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS
 
 # Of `from_pretrained`, what says how to download.
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+# What the Hub's client and its HTTP library raise, whichever that is, and what the system does.
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
 
 def download_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import list_repo_files
 from packaging.version import Version
+
+from cm_diffusers.pipelines.stored import TRANSPORT_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +38,20 @@ def load_weights(loader: Any, place: str, **options: Any) -> Any:
     options[DTYPE] = asked[0] if asked else torch.float32
     try:
         return loader.from_pretrained(place, **options)
-    except OSError as error:
-        if options.pop("variant", None) is not None:
+    except OSError:
+        if options.pop("variant", None) is not None or not only_in_half(place, options):
             raise
-        try:
-            pipeline = loader.from_pretrained(place, variant=HALF, **options)
-        except (OSError, ValueError):
-            raise error from None
-    logger.info("%s has weights in %s alone, which are taken.", place, HALF)
-    return pipeline
+    logger.warning("%r has weights in %s alone, which are taken.", place, HALF)
+    return loader.from_pretrained(place, variant=HALF, **options)
+
+
+def only_in_half(place: str, options: Mapping[str, Any]) -> bool:
+    """Whether all parts of a pipeline, in a folder or on the Hub, have weights in `fp16` and no others."""
+    if Path(place).is_dir():
+        names = [file.relative_to(place).as_posix() for file in Path(place).glob("*/*")]
+    else:
+        names = []
+        with contextlib.suppress(ValueError, *TRANSPORT_ERRORS):
+            names = list_repo_files(place, revision=options.get("revision"), token=options.get("token"))
+    weights = [name for name in names if name.count("/") == 1 and name.endswith(".safetensors")]
+    return bool(weights) and all(f".{HALF}" in name for name in weights)

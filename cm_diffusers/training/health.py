@@ -59,10 +59,13 @@ class StepRecord:
     values: dict[str, Any]
 
 
-def launcher() -> int | None:
-    """The process that launched this one, if torchrun or `accelerate launch` did."""
-    is_launched = os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"}
-    return os.getppid() if is_launched else None
+# The process that launched this one, if torchrun or `accelerate launch` did: read before a teacher is loaded.
+LAUNCHER = os.getppid() if os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} else None
+
+
+def is_orphan() -> bool:
+    """Whether the launcher has ended. On Windows nobody says so."""
+    return LAUNCHER is not None and os.getppid() != LAUNCHER
 
 
 class Watch:
@@ -78,15 +81,12 @@ class Watch:
         self.accelerator, self.folder = accelerator, folder
         self.limit = limit if accelerator.scaler is None else limit + SCALER_GRACE
         self.skipped = self.in_a_row = self._dumped = 0
-        self._asked_to_stop, self._launcher = False, launcher()
+        self._asked_to_stop = False
         self._pending: tuple[StepRecord, Tensor, Any] | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a request to stop after the current step, as long as the context lasts.
-
-        So is the end of the launcher: with one process, `accelerate launch` does not pass SIGTERM on.
-        """
+        """Take SIGTERM as a request to stop after the current step, as long as the context lasts."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -100,14 +100,14 @@ class Watch:
         """Take in a step that was just handed to the device, and look at the one before.
 
         Returns:
-            `bool`: whether a process was asked to stop; the same on all of them.
+            `bool`: whether a process was asked to stop, or left by its launcher (with one process, `accelerate launch`
+            does not pass SIGTERM on); the same on all of them.
 
         Raises:
             `FloatingPointError`: when too many steps in a row were bad. The weights are the last good ones.
         """
         # Filled on the device: a copy from the host would wait for all that is under way.
-        is_orphan = self._launcher is not None and os.getppid() != self._launcher
-        asked = torch.full((), float(self._asked_to_stop or is_orphan), device=record.bad.device)
+        asked = torch.full((), float(self._asked_to_stop or is_orphan()), device=record.bad.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
         flags = torch.stack([record.bad.float(), asked])

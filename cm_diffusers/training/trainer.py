@@ -23,7 +23,7 @@ from cm_diffusers.training.averages import Averages
 from cm_diffusers.training.companions import make_companions
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.ema import whole
-from cm_diffusers.training.health import Preempted, StepRecord, Watch
+from cm_diffusers.training.health import Preempted, StepRecord, Watch, is_orphan
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.optimizers import make_optimizer
 from cm_diffusers.training.phases import Networks, Phase, make_phases
@@ -223,7 +223,8 @@ class ConsistencyTrainer:
         self.watch.settle()
         folder = self.save_checkpoint()
         end_training(self.accelerator, self.student)
-        message = f"Asked to end: the run is saved in {folder}, go on with `resume: auto`."
+        why = "Its launcher has ended" if is_orphan() else "Asked to end (SIGTERM)"
+        message = f"{why}: the run is saved in {folder}, go on with `resume: auto`."
         logger.warning(message)
         raise Preempted(message)
 

@@ -5,6 +5,7 @@ from conftest import build_unet
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.evaluation import student_sampler, teacher_sampler
+from cm_diffusers.evaluation.digests import weights_digest
 from cm_diffusers.evaluation.sampling import eight_bits
 from cm_diffusers.network_config import class_labels
 from cm_diffusers.noise_levels import karras_grid
@@ -73,6 +74,12 @@ def test_what_is_drawn_is_described():
     assert student_sampler(model, 2, class_label=3).description == "multistep consistency, class 3"
     ends = teacher_sampler(teacher(), 3, sigma_min=0.1, sigma_max=10)
     assert ends.description == "Heun, sigma 0.1 to 10"
+
+
+def test_the_digest_of_halves_is_that_of_the_same_numbers():
+    rounded = {"weight": torch.randn(5).half()}
+    assert weights_digest(rounded) == weights_digest({"weight": rounded["weight"].float()})
+    assert weights_digest(rounded) != weights_digest({"weight": rounded["weight"].bfloat16()})
 
 
 def test_the_digest_tells_weights_and_schedulers_apart():

@@ -77,7 +77,7 @@ def test_the_card_of_adapters_names_their_base(tmp_path):
     assert {"lora", "distillation"} <= set(values["tags"]) and values["license"] == "mit"
     assert "adapters (LoRA) of a [consistency model]" in str(card) and "distilled from `me/sd`" in str(card)
     stock, ours = snippets(card)
-    assert 'DiffusionPipeline.from_pretrained("me/sd")' in stock and 'load_lora_weights("me/lora")' in stock
+    assert 'DiffusionPipeline.from_pretrained("me/sd", ' in stock and 'load_lora_weights("me/lora")' in stock
     assert 'LCMScheduler.from_pretrained("me/lora", subfolder="scheduler")' in stock
     assert 'load_pipeline("me/lora", base="me/sd")' in ours and "guidance_scale=1.0" in ours
 

@@ -10,7 +10,7 @@ import torch
 from conftest import build_unet
 from hub_server import serve
 from stable_diffusion import make_stable_diffusion
-from text_students import save_text_student
+from text_students import make_text_student, save_text_student
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.schedulers import ScaledTimeEDMScheduler
@@ -27,6 +27,7 @@ def hub(tmp_path_factory):
     scaled.save_pretrained(root / "me" / "imported")
     make_stable_diffusion().to(dtype=torch.float16).save_pretrained(root / "me" / "half", variant="fp16")
     save_text_student(root / "me" / "adapters", "adapters")
+    make_text_student("untold").to(dtype=torch.float16).save_pretrained(root / "me" / "half-student", variant="fp16")
     with serve(root) as endpoint:
         yield endpoint
 
@@ -73,8 +74,9 @@ def test_a_teacher_loads_by_id(hub, tmp_path, repo, field, value):
     [
         "from cm_diffusers.training.teacher import load_teacher\np = load_teacher('me/half').text.pipeline",
         "from cm_diffusers import load_pipeline\np = load_pipeline('me/adapters', base='me/half')",
+        "from cm_diffusers import load_pipeline\np = load_pipeline('me/half-student')",
     ],
-    ids=["teacher", "base"],
+    ids=["teacher", "base", "student"],
 )
 def test_weights_in_fp16_are_taken_where_there_are_no_others(hub, tmp_path, load):
     result = run(f"{load}\nprint(p.unet.dtype, p.text_encoder.dtype, p.vae.dtype)", hub, tmp_path)

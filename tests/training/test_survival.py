@@ -111,8 +111,15 @@ def end(process: subprocess.Popen, family: list[psutil.Process]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("launched", [RUNS["two ranks"], {"launcher": ACCELERATE}], ids=["torchrun", "accelerate"])
-def test_sigterm_to_the_launcher_saves_on_all_ranks(launched, tmp_path):
+@pytest.mark.parametrize(
+    ("launched", "told"),
+    [
+        (RUNS["two ranks"], signal.SIGTERM), (RUNS["two ranks"], signal.SIGKILL),
+        ({"launcher": ACCELERATE}, signal.SIGTERM),
+    ],
+    ids=["torchrun", "torchrun, killed", "accelerate"],
+)  # fmt: skip
+def test_what_ends_the_launcher_saves_on_all_ranks(launched, told, tmp_path):
     settings = {**launched, **COMMON, "checkpoint_steps": 1000}
     env = environment(TINY_PAUSE="0.1")
     process = subprocess.Popen(
@@ -121,7 +128,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks(launched, tmp_path):
     try:
         for _ in range(3):
             process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(told)
         _, errors = process.communicate(timeout=60)
     finally:
         end(process, [])
