@@ -59,13 +59,14 @@ class StepRecord:
     values: dict[str, Any]
 
 
-# The process that launched this one, if torchrun or `accelerate launch` did: read before a teacher is loaded.
-LAUNCHER = os.getppid() if os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} else None
+# Of this process, and of the one that launched it, if torchrun or `accelerate launch` did: read before a teacher is.
+LAUNCHED, LAUNCHER = os.getpid(), os.getppid()
+IS_LAUNCHED = bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"})
 
 
 def is_orphan() -> bool:
-    """Whether the launcher has ended. On Windows nobody says so."""
-    return LAUNCHER is not None and os.getppid() != LAUNCHER
+    """Whether the launcher of this process has ended. On Windows nobody says so."""
+    return IS_LAUNCHED and os.getpid() == LAUNCHED and os.getppid() != LAUNCHER
 
 
 class Watch:
