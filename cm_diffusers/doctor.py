@@ -182,12 +182,9 @@ def _weights_fit(found: Diagnosis, config: ConsistencyConfig, teacher: Teacher) 
     """Whether there is room for all the copies of the weights; if not, nothing is moved to the device."""
     resolved = config.resolve(teacher.text is not None)
     in_float32 = 4 * sum(weight.numel() for weight in teacher.unet.parameters())
-    # Student, average, gradients and two moments; a target, and the student of a first stage.
-    copies = (
-        0
-        if resolved.lora_rank
-        else 5 + (resolved.target == "ema" and bool(resolved.mu)) + (resolved.truncation is not None)
-    )
+    # Student, average, gradients and two moments; beside them a target, and the student of a first stage.
+    beside = (resolved.target == "ema" and bool(resolved.mu)) + (resolved.truncation is not None)
+    copies = 0 if resolved.lora_rank else 5 + beside
     needed, free = copies * in_float32, _bytes_free(_device())
     if _device().type != "cpu":  # where the teacher is not yet
         needed += in_float32 * getattr(torch, config.teacher_dtype).itemsize // 4

@@ -98,6 +98,8 @@ def test_a_run_says_how_its_student_is_sampled(adapters, shared, tmp_path, capsy
         "--max_train_steps", "1", "--batch_size", "2", "--num_samples", "1", "--teacher_check", "false", "--tracker",
         "none", "--sample_steps", "0", "--output_dir", str(tmp_path / "run"), *adapters,
     ])  # fmt: skip
-    told = capsys.readouterr().out.split("Sample with: cm-diffusers ")[1].replace("TEXT", "cat").split()
+    base = ["--base", str(shared / "teacher")] if adapters else []
+    told = ["sample", str(tmp_path / "run"), *base, "--prompts", "TEXT"]
+    assert f"Sample with: cm-diffusers {' '.join(told)}\n" in capsys.readouterr().out
     main([*told, "--num_images", "1", "--output_dir", str(tmp_path / "images")])
     assert (tmp_path / "images" / "grid.png").exists()

@@ -58,10 +58,7 @@ def load_student(options: argparse.Namespace, load: Callable[..., Any]) -> Any:
     """`options.model` as a pipeline, by what loads it, where and as [`add_model_options`] say."""
     import torch
 
-    from cm_diffusers.pipelines.weights import DTYPE
-
-    pipeline = load(options.model, **{DTYPE: getattr(torch, options.dtype)})
-    return pipeline.to(options.device or best_device())
+    return load(options.model, dtype=getattr(torch, options.dtype)).to(options.device or best_device())
 
 
 def best_device() -> str:

@@ -25,6 +25,12 @@ def download_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in OF_THE_HUB if options.get(name) is not None}
 
 
+def pop_dtype(options: dict[str, Any]) -> Any:
+    """The precision among the options of `from_pretrained`, by the one or the other of its names; else `None`."""
+    found = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+    return found[0] if found else None
+
+
 class StoredPipeline(DiffusionPipeline):
     """A pipeline of a `unet` and a [`ConsistencyScheduler`], which is saved under stock names where it can be."""
 
@@ -37,9 +43,9 @@ class StoredPipeline(DiffusionPipeline):
             kwargs: components and config values that replace the other's; `dtype` converts both, as everywhere in
                 diffusers.
         """
-        dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
+        dtype = pop_dtype(kwargs)
         made = cls(**{**pipeline.components, "null_class_label": pipeline.config.get("null_class_label"), **kwargs})
-        return made.to(dtype=dtypes[0]) if dtypes else made
+        return made if dtype is None else made.to(dtype=dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As everywhere in diffusers, without the place that the network was loaded from, which is of this machine."""

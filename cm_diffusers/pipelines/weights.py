@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import list_repo_files
 from packaging.version import Version
 
-from cm_diffusers.pipelines.stored import TRANSPORT_ERRORS
+from cm_diffusers.pipelines.stored import TRANSPORT_ERRORS, pop_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ def load_weights(loader: Any, place: str, **options: Any) -> Any:
     Raises:
         `OSError`, `ValueError`: as from `from_pretrained`.
     """
-    asked = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
-    options[DTYPE] = asked[0] if asked else torch.float32
+    options[DTYPE] = pop_dtype(options) or torch.float32
     try:
         return loader.from_pretrained(place, **options)
     except OSError:

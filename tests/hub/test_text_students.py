@@ -14,6 +14,7 @@ from text_students import make_captioned, make_text_student, save_text_student
 
 from cm_diffusers.cli import main
 from cm_diffusers.hub import push_to_hub, render_card
+from cm_diffusers.pipelines.weights import DTYPE
 
 LATENTS = "num_inference_steps=2, output_type='latent', generator=torch.Generator().manual_seed(0)).images"
 
@@ -77,7 +78,8 @@ def test_the_card_of_adapters_names_their_base(tmp_path):
     assert {"lora", "distillation"} <= set(values["tags"]) and values["license"] == "mit"
     assert "adapters (LoRA) of a [consistency model]" in str(card) and "distilled from `me/sd`" in str(card)
     stock, ours = snippets(card)
-    assert 'DiffusionPipeline.from_pretrained("me/sd", ' in stock and 'load_lora_weights("me/lora")' in stock
+    assert f'DiffusionPipeline.from_pretrained("me/sd", {DTYPE}=torch.float32)' in stock
+    assert 'load_lora_weights("me/lora")' in stock
     assert 'LCMScheduler.from_pretrained("me/lora", subfolder="scheduler")' in stock
     assert 'load_pipeline("me/lora", base="me/sd")' in ours and "guidance_scale=1.0" in ours
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from closed_form import Gaussian, edm_network, vp_network
 
-from cm_diffusers.training.teacher import Teacher, check_teacher, load_teacher, measure_teacher
+from cm_diffusers.training.teacher import FACTORS, Teacher, check_teacher, load_teacher, measure_teacher
 
 PROBLEM = Gaussian(mean=0.1, std=0.5)
 IMAGES = PROBLEM.draw((512, 1, 4, 4), torch.Generator().manual_seed(7))
@@ -19,7 +19,10 @@ def vp_teacher(trained_with: dict, read_as: dict | None = None) -> Teacher:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_a_teacher_that_is_read_correctly_passes(prediction_type, beta_schedule):
-    report = check_teacher(vp_teacher({"prediction_type": prediction_type, "beta_schedule": beta_schedule}), IMAGES)
+    teacher = vp_teacher({"prediction_type": prediction_type, "beta_schedule": beta_schedule})
+    report = check_teacher(teacher, IMAGES)
+    told_another_time = [measure_teacher(teacher.denoiser, IMAGES, factor) for factor in FACTORS]
+    assert all(other.typical_error > report.typical_error for other in told_another_time)
     # An ideal denoiser of white Gaussian data is the linear one.
     assert report.errors == pytest.approx(report.bounds, rel=0.1)
 
