@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
@@ -20,7 +22,8 @@ T, R = TypeVar("T"), TypeVar("R")
 def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_folder: Path) -> Iterator[R]:
     """The results of all tasks as they become ready: done here one after the other, or in so many processes.
 
-    When the caller ends before they do, the processes are sent SIGTERM until they have ended.
+    When the caller ends before they do, the processes are sent SIGTERM until they have ended; if it is killed, they
+    see to it themselves.
 
     Args:
         function (`Callable`): of a module, so that other processes find it.
@@ -53,12 +56,28 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
 
 
 def end_children() -> None:
-    """SIGTERM, again and again: who saves first and goes on to ask for a task may wait for one that has ended."""
+    """SIGTERM, again and again: who saves first and goes on to ask for a task may wait for one that has ended.
+
+    A second signal to the caller would leave it half done, and the caller waiting for the rest: it is not heard.
+    """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     while children := multiprocessing.active_children():
         for child in children:
             child.terminate()
         for child in children:
             child.join(1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def end_without_parent() -> None:
+    """The same for a process whose parent was killed: it would wait for a task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 def start_worker(threads: int, start_method: str, log_folder: Path) -> None:
@@ -67,4 +86,5 @@ def start_worker(threads: int, start_method: str, log_folder: Path) -> None:
     # Of the processes that load images, which would be spawned like this one, at twenty seconds a run.
     multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_without_parent, daemon=True).start()
     sys.stderr = (log_folder / f"worker-{os.getpid()}.log").open("w", buffering=1)

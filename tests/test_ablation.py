@@ -8,17 +8,22 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import ablation
 import ablation_runs
+import calling
+import processes
 import pytest
 import yaml
 from ablation_budget import passes_text, step_passes, total_passes
 from ablation_report import figure, ratio_to_teacher, remarks
 from ablation_runs import Run, few_step_levels, plan, status
+from calling import outlast_a_signal
 from processes import parallel
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer
@@ -299,16 +304,6 @@ def test_a_process_that_is_killed_does_not_let_the_others_wait_for_it(tmp_path, 
         study()
 
 
-def outlast_a_signal(seconds):
-    """As a run does, which saves and raises SystemExit."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    try:
-        time.sleep(seconds)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return seconds
-
-
 def test_processes_end_with_their_caller_while_others_have_nothing_to_do(tmp_path):
     found = parallel(outlast_a_signal, [0, 300], 2, tmp_path)
     assert next(found) == 0
@@ -323,6 +318,21 @@ def test_processes_end_with_their_caller(tmp_path):
     found.close()
     assert not multiprocessing.active_children()
     assert not (tmp_path / "slept").exists()
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM] * 3, [signal.SIGINT, signal.SIGTERM] * 2, [signal.SIGKILL]])
+def test_processes_end_with_a_caller_whatever_ends_it(tmp_path, signals):
+    environment = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parent)}
+    arguments = [sys.executable, calling.__file__, tmp_path]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as caller:
+        assert caller.stdout.read(5) == b"ready"
+        time.sleep(1)  # until one waits for a task
+        for number in signals:
+            caller.send_signal(number)
+            time.sleep(0.02)
+        # The pipe ends with the last of those who hold it.
+        assert caller.communicate(timeout=60)[0] == b""
+    assert caller.returncode == (75 if signals[0] == signal.SIGTERM else -signals[0])
 
 
 # Figures ------------------------------------------------------------------------------------------------------------
