@@ -74,9 +74,13 @@ def progressive_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int
 
 
 def doubling_num_levels(step: int, total_steps: int, s0: int, s1: int) -> int:
-    """N(k) of Song & Dhariwal 2023, equation 7: `s0 + 1` levels, doubling at equal intervals until `s1 + 1`."""
-    interval = max(total_steps // (math.floor(math.log2(s1 // s0)) + 1), 1)
-    doublings = min(step // interval, math.ceil(math.log2(s1 / s0)))
+    """N(k) of Song & Dhariwal 2023, equation 7: `s0 + 1` levels, doubling at equal intervals until `s1 + 1`.
+
+    Without the floor in theirs of `s1 / s0`, which would leave out the last stage where that is no whole number.
+    """
+    stages = math.log2(s1 / s0)
+    interval = max(math.floor(total_steps / (stages + 1)), 1)
+    doublings = min(step // interval, math.ceil(stages))
     return min(s0 << doublings, s1) + 1
 
 

@@ -31,6 +31,7 @@ from cm_diffusers.evaluation import Evaluator, Features, Reference
 from cm_diffusers.evaluation.sampling import student_sampler
 from cm_diffusers.training.methods import METHODS
 from cm_diffusers.training.objectives.pairs import same_dropout
+from cm_diffusers.training.objectives.tangents import finite_difference, forward_mode
 from cm_diffusers.training.precompute import precompute
 from cm_diffusers.training.randomness import SampleRandom
 
@@ -305,7 +306,7 @@ def sample(pipe: ConsistencyPipeline, steps: int, **arguments: Any) -> torch.Ten
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_images_of_a_seed_are_those_of_the_cpu(steps, dtype, tolerance):
     expected = sample(make_pipeline(), steps)
-    with _without_tf32():
+    with _tf32(False):
         found = sample(make_pipeline().to(GPU, dtype), steps)
     assert found.device.type == GPU.type
     assert (found.float().cpu() - expected).abs().mean() < tolerance
@@ -313,10 +314,22 @@ def test_images_of_a_seed_are_those_of_the_cpu(steps, dtype, tolerance):
 
 def test_compiled_networks_draw_the_same_images():
     pipe = make_pipeline().to(GPU)
-    with _without_tf32():
+    with _tf32(False):
         expected = sample(pipe, 2)
         pipe.unet.compile(mode="reduce-overhead")
         torch.testing.assert_close(sample(pipe, 2), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_differences_of_networks_are_derivatives_where_tf32_is_allowed():
+    network, generator = build_unet(sample_size=16).eval().to(GPU), torch.Generator().manual_seed(0)
+    sample, along = (torch.randn(4, 3, 16, 16, generator=generator).to(GPU) for _ in range(2))
+    time, change = torch.linspace(0, 5, 4, device=GPU), torch.ones(4, device=GPU)
+    with torch.no_grad():
+        with _tf32(False):
+            exact = forward_mode(network, sample, time, along, change)
+        with _tf32(True):
+            found = finite_difference(network, sample, time, along, change)
+    assert (found - exact).norm() < 5e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -337,7 +350,7 @@ def test_figures_are_those_of_the_cpu():
     for device in (GPU, CPU):
         wrapped = Features(_Bytes(features).to(device), "means of patches")
         pipe = make_pipeline().to(device)
-        with _without_tf32():
+        with _tf32(False):
             evaluator = Evaluator(wrapped, Reference(pixels, "noise"), num_images=64, batch_size=32)
             found.append(evaluator.fid(student_sampler(pipe, 1)))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
@@ -356,8 +369,12 @@ class _Bytes(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _without_tf32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _tf32(allowed: bool):
+    """In convolutions and products, or not at all."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    for backend, was in zip(backends, before, strict=True):
+        backend.allow_tf32 = was

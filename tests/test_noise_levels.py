@@ -90,8 +90,14 @@ def test_doubling_num_levels(step: int, expected: int) -> None:
 
 
 def test_doubling_ends_at_s1_when_it_is_no_power_of_two_times_s0() -> None:
-    # K' = 100 // (floor(log2(2)) + 1) = 50.
-    assert [doubling_num_levels(k, 100, s0=10, s1=25) for k in (0, 49, 50, 99, 100, 500)] == [11, 11, 21, 21, 26, 26]
+    # K' = floor(800 / (log2(15) + 1)) = 163.
+    steps = (0, 162, 163, 326, 489, 651, 652, 799)
+    assert [doubling_num_levels(k, 800, s0=10, s1=150) for k in steps] == [11, 11, 21, 41, 81, 81, 151, 151]
+
+
+@pytest.mark.parametrize("s1", [10, 11, 15, 25, 35, 100, 1279, 1280, 1281])
+def test_doubling_comes_to_s1_before_the_run_ends(s1) -> None:
+    assert doubling_num_levels(7_999, 8_000, s0=10, s1=s1) == s1 + 1
 
 
 def test_doubling_stays_when_both_ends_are_equal() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from cm_diffusers.training.methods import NEEDED_BY_LEVELS
 
 if TYPE_CHECKING:
     from cm_diffusers.training.config import ConsistencyConfig
+
+
+LAST_STAGE = 20  # of mapped levels that halve their gap: then float32 leaves it four digits of two
 
 
 def check_choices(config: ConsistencyConfig, from_text: bool) -> None:
@@ -124,10 +128,19 @@ def _check_levels(config: ConsistencyConfig) -> None:
     for name in NEEDED_BY_LEVELS[levels]:
         if getattr(config, name) is None:
             raise ValueError(f"`levels={levels!r}` needs `{name}`.")
-    if config.mu_schedule == "progressive" and (config.s0 is None or levels in ("mapping", "continuous")):
+    if config.mu_schedule == "progressive" and (config.s0 is None or levels in ("mapping", "continuous", "skipping")):
         raise ValueError("`mu_schedule='progressive'` follows the number of levels on a grid, and needs `s0`.")
     if levels == "skipping" and config.boundary != "lcm":
         raise ValueError(f"`levels='skipping'` has the boundary 'lcm', not {config.boundary!r}.")
+    if levels == "skipping":
+        _require(config, "level_distribution", lambda value: value == "uniform", "uniform over timesteps")
+    if levels == "progressive":
+        _require(config, "s0", lambda value: value >= 2, "at least 2: a pair needs two noise levels")
+    if levels == "mapping" and (config.stages or 1) * math.log2(config.mapping_base or 2) > LAST_STAGE:
+        raise ValueError(
+            f"`mapping_base` to the power of `stages` must be at most 2 to the power of {LAST_STAGE}, got "
+            f"{config.mapping_base:g} and {config.stages}: in float32, pairs so near are of one level."
+        )
     if levels == "continuous":
         _require(config, "distance", lambda value: value == "l2", "l2, as continuous levels compare derivatives")
         _require(config, "weighting", lambda value: value != "inverse_gap", "uniform or adaptive: there is no gap")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ from cm_diffusers.training.objectives.weights import AdaptivelyWeighted
 from cm_diffusers.training.schedules import Rate, make_levels, make_sigmas
 from cm_diffusers.training.student import needs_conversion
 from cm_diffusers.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 CONVERSION = "conversion"
 
@@ -111,6 +114,8 @@ def make_phases(
         phases.append(Phase(name, objective, start, steps, rate, **rest))
 
     steps = conversion_steps(config, teacher, scheduler)
+    if config.conversion_steps and not steps:
+        logger.warning("`conversion_steps` has no effect: there is nothing in the student to be converted.")
     if steps and teacher is not None:
         assert config.conversion_learning_rate is not None
         now = scheduler.config

@@ -48,8 +48,11 @@ def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> T
         precision (`str`): of the run's passes forward.
 
     Raises:
-        `ValueError`: if there is none where one is needed, or adapters could not be trained on it.
+        `ValueError`: if there is none where one is needed, or a network beside it, or adapters could not be trained
+            on it.
     """
+    if source is not None and config.unet_config is not None:
+        raise ValueError("`unet_config` is for training without a teacher: of one, the student is a copy.")
     if source is None:
         if config.source == "teacher":
             raise ValueError(f"`method={config.method!r}` needs a `teacher`.")

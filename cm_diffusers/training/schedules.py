@@ -102,7 +102,7 @@ def grid_length(config: ConsistencyConfig) -> int | None:
     """How many levels the grid of a resolved config has in the end; `None` where levels are on no grid."""
     if config.levels in ("mapping", "continuous", "skipping"):
         return None
-    return num_levels_schedule(config)(config.max_train_steps)
+    return num_levels_schedule(config)(config.max_train_steps - 1)
 
 
 def make_levels(

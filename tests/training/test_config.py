@@ -60,6 +60,11 @@ def test_bad_values_are_refused_by_name(values, named):
         {"method": "ct", "guidance_scale": 2.0, "null_class_label": 1},
         {"label_dropout": 0.1},
         {"method": "ct", "source": "teacher"},
+        {"method": "ct", "s0": 1},
+        {"method": "ect", "stages": 21},
+        {"method": "ect", "mapping_base": 256.0, "stages": 3},
+        {"method": "lcm", "level_distribution": "lognormal", "p_mean": 0.0, "p_std": 1.0},
+        {"method": "lcm", "mu_schedule": "progressive", "s0": 2},
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(values):

@@ -81,6 +81,13 @@ def test_grid_length_is_that_of_the_end(method, length):
     assert grid_length(ConsistencyConfig(method=method).resolve()) == length
 
 
+@pytest.mark.parametrize(("method", "steps"), [("ct", 5), ("ict", 3), ("ict", 7), ("ict", 2000)])
+def test_a_grid_that_no_step_was_trained_on_is_not_the_one_of_the_end(method, steps):
+    config = ConsistencyConfig(method=method, max_train_steps=steps).resolve()
+    levels = make_levels(config, steps, 0.002, 80.0, 7.0)
+    assert grid_length(config) == levels.num_levels(steps - 1)
+
+
 def test_half_life_does_not_depend_on_the_batch_size():
     for batch in (32, 256):
         decay = decay_for_half_life(10_240, batch, 10**9, rampup=0.05)

@@ -1,6 +1,7 @@
 """Continuous levels: against independent formulas, and on problems whose consistency function is known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from closed_form import Gaussian, Mixture
 from conftest import build_unet
 from pixels import SIGMA_MAX, SIGMA_MIN, PixelNetwork, error, ode_solution, train
 from torch import nn
+from torch.autograd import forward_ad
 
 from cm_diffusers.networks import network_output
 from cm_diffusers.noise_levels import lognormal_sigmas
@@ -134,6 +136,36 @@ def test_the_derivative_has_the_dropout_mask_of_the_pass_after_it(derivative, me
     c_skip = 1 / (1 + ((1 - 0.002) / 0.5) ** 2)
     sample = images + SampleRandom(torch.arange(4) + 7, images.device).normal_like(images)
     assert torch.equal((losses.denoised - c_skip * sample).abs() < 1e-6, seen["masked"])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_unet_with_dropout_is_the_same_one_in_the_derivative_and_after_it(memory_format):
+    network = attentive_unet(dropout=0.3).train().to(memory_format=memory_format)
+    outputs = []
+
+    def keep(module, inputs, output):
+        outputs.append(forward_ad.unpack_dual(output[0]).primal.detach())
+
+    network.register_forward_hook(keep)
+    images, sigma = torch.randn(4, 3, 8, 8).contiguous(memory_format=memory_format), torch.full((4,), 1.0)
+    objective(network, FAMILIES[0], Boundary(FAMILIES[0], "edm", 0.002), sigma, None).losses(images, 0, random_of(4))
+    inside, after = outputs
+    torch.testing.assert_close(inside, after, atol=1e-5, rtol=1e-5)
+
+
+def test_differences_are_taken_without_tf32(monkeypatch):
+    matmul, cudnn, seen = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=True), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+    def network(sample, time, return_dict=False):
+        seen.extend([matmul.allow_tf32, cudnn.allow_tf32])
+        return (sample,)
+
+    finite_difference(network, *[torch.ones(2, 1, 2, 2), torch.ones(2)] * 2)
+    assert seen == [False] * 4
+    assert matmul.allow_tf32 and cudnn.allow_tf32
 
 
 # The objective's formula ---------------------------------------------------------------------------

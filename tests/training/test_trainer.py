@@ -116,6 +116,17 @@ def test_ct_trains_without_a_teacher(tmp_path):
     assert pipeline.scheduler.is_stock
 
 
+def test_a_network_of_its_own_beside_a_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unet_config.*without a teacher"):
+        make_trainer(tmp_path, unet_config=str(tmp_path / "unet"))
+
+
+def test_a_conversion_of_nothing_is_told(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS["edm"]))
+    assert [phase.name for phase in trainer.phases] == ["cd"]
+    assert "`conversion_steps` has no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changes",
     [

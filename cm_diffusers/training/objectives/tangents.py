@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from cm_diffusers.networks import network_output
 from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, second_time
 from cm_diffusers.solvers import Denoise, expand
 from cm_diffusers.training.objectives import Losses
-from cm_diffusers.training.objectives.pairs import chosen, same_dropout
+from cm_diffusers.training.objectives.pairs import chosen, has_dropout, same_dropout
 from cm_diffusers.training.randomness import SampleRandom
 
 NetworkDerivative = Callable[..., Tensor]
@@ -50,7 +50,10 @@ def forward_mode(
 
 @contextmanager
 def contiguous_norms(network: Any) -> Iterator[None]:
-    """Group norms get contiguous inputs meanwhile: of others, torch 2.11 knows no forward derivative on CPUs."""
+    """Group norms get contiguous inputs meanwhile: of others, torch 2.11 knows no forward derivative on CPUs.
+
+    Masks of dropout, drawn in the order of memory, differ with that.
+    """
     modules = network.modules() if isinstance(network, nn.Module) else ()
     norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].contiguous(),)) for norm in norms]
@@ -68,6 +71,7 @@ def finite_difference(
 
     The step balances the cut-off Taylor series against rounding: the cube root of the smallest number that counts,
     and less where time would move by more than that of its period, as embeddings of time oscillate with it.
+    Products in TF32 would leave a tenth of the difference to rounding.
     """
     step = torch.finfo(torch.float32).eps ** (1 / 3) / (1 + time_tangent.abs() / 10)
 
@@ -75,9 +79,25 @@ def finite_difference(
         moved = (sample + expand(step, sample) * sample_tangent, time + step * time_tangent)
         return network_output(network, *moved, **conditioning)
 
-    with same_dropout(network, sample.device):
-        after = predict(step)
-    return (after - predict(-step)) / expand(2 * step, sample)
+    with without_tf32():
+        with same_dropout(network, sample.device):
+            after = predict(step)
+        return (after - predict(-step)) / expand(2 * step, sample)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 as such, on GPUs too."""
+    available: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends = available if torch.cuda.is_available() else ()
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextmanager
@@ -171,7 +191,10 @@ class NormalizedTangent:
 
 @dataclass(frozen=True)
 class PowerNormalizedTangent:
-    """`g / (|g|^2 + c)^p`: the adaptive weight of MeanFlow (Geng et al. 2025, section 4.3), with the same `|g|`."""
+    """`g / (|g|^2 + c)^p`: the adaptive weight of MeanFlow (Geng et al. 2025, section 4.3).
+
+    `|g|^2` is the mean over the sample, not the sum: so `c` counts alike for images of every size.
+    """
 
     power: float = 0.75
     constant: float = 1e-3
@@ -239,7 +262,8 @@ class TangentObjective:
         device = images.device
         with torch.no_grad(), same_dropout(self.network, device), in_full_precision(self.plain, device):
             output_change = self.derivative(self.plain, scaled, times[0], scaled_along, times[1], **told)
-        output = network_output(self.network, scaled, times[0], **told).float()
+        with contiguous_norms(self.plain) if self._is_masked else nullcontext():
+            output = network_output(self.network, scaled, times[0], **told).float()
 
         constant = output.detach()
         skip, out = (expand(s, images) for s in self.preconditioning.output_scalings(jump.sigma))
@@ -251,6 +275,11 @@ class TangentObjective:
         answer = (skip, out) if jump.conditioning else (now.c_skip, now.c_out)
         denoised = answer[0] * sample + answer[1] * output
         return Losses(error.square().flatten(1).mean(1), jump.sigma, denoised)
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether forward mode has drawn masks of dropout, which the pass with gradient has to repeat."""
+        return self.derivative is forward_mode and has_dropout(self.network)
 
     def _cos_squared(self, sigma: Tensor) -> Tensor:
         """cos(t)^2 in TrigFlow's time."""
