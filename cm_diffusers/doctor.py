@@ -22,6 +22,8 @@ import torch
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import nn
 
+from cm_diffusers.network_config import height_and_width
+from cm_diffusers.pipelines.stored import suits_stock_pipeline
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.footprint import Footprint, Kept, bytes_of, bytes_of_gradients, gathered_at_once
 from cm_diffusers.training.objectives.pairs import PairObjective
@@ -135,10 +137,11 @@ def _describe_teacher(teacher: Teacher) -> list[str]:
     config: Any = teacher.unet.config
     low, high = teacher.preconditioning.sigma_range
     prediction = getattr(teacher.scheduler.config, "prediction_type", None)
+    size = " x ".join(map(str, height_and_width(config.sample_size))) if config.sample_size else "any size"
     classes = f", {config.num_class_embeds} classes" if config.num_class_embeds else ""
     return [
         f"teacher      {type(teacher.unet).__name__} of {_count(teacher.unet)} weights, images of "
-        f"{config.in_channels} x {config.sample_size} x {config.sample_size}{classes}",
+        f"{config.in_channels} x {size}{classes}",
         f"             {type(teacher.scheduler).__name__}{f', {prediction}' if prediction else ''}: "
         f"{type(teacher.preconditioning).__name__}, sigma from {low:.4g} to {high:.4g}",
     ]
@@ -162,7 +165,7 @@ def _describe_run(trainer: ConsistencyTrainer) -> list[str]:
 
 def _is_stock(trainer: ConsistencyTrainer) -> bool:
     if trainer.text is None:
-        return trainer.scheduler.is_stock
+        return suits_stock_pipeline(trainer.unet, trainer.scheduler)
     return stored_scheduler(trainer.scheduler) is not trainer.scheduler
 
 
@@ -253,8 +256,7 @@ def measure_footprint(trainer: ConsistencyTrainer) -> tuple[Footprint, float]:
     teacher = None if trainer.teacher is None else trainer.teacher.unet
     gradients = bytes_of_gradients(trainer.student)
     moments = 2 * gradients
-    if uses_zero(trainer.accelerator) and not is_sharded(trainer.accelerator):
-        # Stage 2 has a part of the moments, and a second copy of the weights that they move.
+    if uses_zero(trainer.accelerator) and not is_sharded(trainer.accelerator):  # a part, and the weights they move
         moments = 3 * gradients // trainer.accelerator.num_processes
     footprint = Footprint(
         student=bytes_of(trainer.student, beside=teacher),

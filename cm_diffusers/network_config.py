@@ -21,13 +21,15 @@ VP_SCHEDULERS = frozenset(
     DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler""".split()
 )
 EDM_SCHEDULERS = frozenset({"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"})
+CONSISTENCY_SCHEDULERS = frozenset({"CMStochasticIterativeScheduler", "ConsistencyScheduler"})
 SCALED_TIME_SCHEDULER = "ScaledTimeEDMScheduler"  # this package's own, see `schedulers.scheduling_edm`
 FLOW_SCHEDULERS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
 SUPPORTED_SCHEDULERS = (
     VP_SCHEDULERS
     | EDM_SCHEDULERS
     | FLOW_SCHEDULERS
-    | {"CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ConsistencyScheduler", SCALED_TIME_SCHEDULER}
+    | CONSISTENCY_SCHEDULERS
+    | {"ScoreSdeVeScheduler", SCALED_TIME_SCHEDULER}
 )
 
 
@@ -35,6 +37,17 @@ def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
     """The size of a network's images in pixels, from the `sample_size` of its config."""
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     return height, width
+
+
+def check_size(network_config: Any, height: int, width: int) -> None:
+    """See that a network can halve images of this size, in pixels, as often as it does.
+
+    Raises:
+        `ValueError`: if it cannot.
+    """
+    multiple = 2 ** (len(network_config.down_block_types) - 1)
+    if height % multiple or width % multiple:
+        raise ValueError(f"Height and width must be multiples of {multiple} for this model, got {height} x {width}.")
 
 
 def class_labels(network_config: Any, null_class_label: int | None = None) -> list[int]:
@@ -104,6 +117,8 @@ def _describe_vp(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"{name} with `timestep_type={config['timestep_type']!r}` is not supported, only 'discrete'.")
     fields = {"family": "vp", "prediction_type": prediction_type, **_pick(config, BETA_FIELDS)}
+    if hasattr(fields.get("trained_betas"), "tolist"):
+        fields["trained_betas"] = fields["trained_betas"].tolist()
     # Some classes know beta schedules that DDPMScheduler lacks: ask the class itself, and keep its betas.
     try:
         _stock_scheduler(fields)

@@ -76,6 +76,13 @@ def copy_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+def sharing_weights(network: nn.Module) -> nn.Module:
+    """A copy with the same weights in memory, that can be frozen, moved, laid out and compiled on its own."""
+    memo: dict[int, Tensor] = {id(weight): nn.Parameter(weight.detach(), False) for weight in network.parameters()}
+    memo |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, memo)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for what the device is busy with."""
     if tensor.device.type == "cpu" and device.type == "cuda":

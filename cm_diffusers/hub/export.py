@@ -39,11 +39,11 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
         `ValueError`: if no stock pipeline computes the same, saying why.
     """
     scheduler = pipeline.scheduler
-    if scheduler.is_stock:
+    if pipeline.is_stock:
         pipeline.save_pretrained(folder)
         _drop_own_keys(Path(folder))
         return ConsistencyModelPipeline
-    reasons = []
+    reasons = ["ConsistencyModelPipeline makes squares alone"] if scheduler.is_stock else []
     try:
         lcm = scheduler.to_lcm()
     except ValueError as error:

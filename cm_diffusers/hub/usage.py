@@ -21,9 +21,11 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _not_stock(scheduler: ConsistencyScheduler, what: str) -> str:
-    config = scheduler.config
+def _not_stock(student: Student, what: str) -> str:
+    config = student.scheduler.config
     kind = f"family `{config.family}`, boundary `{config.boundary}`"
+    if student.scheduler.is_stock:
+        kind = "whose images are no squares"
     return f"Stock diffusers has no {what} that computes this student ({kind})"
 
 
@@ -46,7 +48,7 @@ def _without_text(student: Student) -> list[str]:
         )  # fmt: skip
         same = "With stock diffusers, or with cm_diffusers for the same images:"
         return [same, stock, ours, *_stored_for_stock(student.scheduler)]
-    not_stock = f"{_not_stock(student.scheduler, 'pipeline')}: `DiffusionPipeline` does not load it. "
+    not_stock = f"{_not_stock(student, 'pipeline')}: `DiffusionPipeline` does not load it. "
     return [ours, f"{not_stock}Its network alone loads there:", _network(student, "UNet2DModel")]
 
 
@@ -81,7 +83,7 @@ def _with_text(student: Student) -> list[str]:
         stock = _stock_adapters(student, base) if student.is_adapters else _stock_pipeline(student)
         parts = ["With stock diffusers, or with cm_diffusers for the same images:", stock, ours]
     else:
-        parts.append(f"{_not_stock(student.scheduler, 'scheduler')}.")
+        parts.append(f"{_not_stock(student, 'scheduler')}.")
         if not student.is_adapters:
             parts += ["Its network alone loads there:", _network(student, "UNet2DConditionModel")]
     if student.is_told_guidance:

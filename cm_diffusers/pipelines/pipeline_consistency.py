@@ -13,7 +13,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cm_diffusers.network_config import class_labels
+from cm_diffusers.network_config import check_size, class_labels
 from cm_diffusers.networks import network_output
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.stored import StoredPipeline
@@ -261,11 +261,7 @@ class ConsistencyPipeline(StoredPipeline):
             height, width = height or latents.shape[-2], width or latents.shape[-1]
         if height is None or width is None:
             raise ValueError("The model's config has no `sample_size`: pass `height` and `width`.")
-        multiple = 2 ** (len(self.unet.config.down_block_types) - 1)
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"Height and width must be multiples of {multiple} for this model, got {height} x {width}."
-            )
+        check_size(self.unet.config, height, width)
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
             # In float32, whatever the network's precision: some versions of torch draw other numbers in half of it.

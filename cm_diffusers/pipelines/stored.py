@@ -31,6 +31,11 @@ def pop_dtype(options: dict[str, Any]) -> Any:
     return found[0] if found else None
 
 
+def suits_stock_pipeline(unet: Any, scheduler: Any) -> bool:
+    """Whether `ConsistencyModelPipeline` computes the same with a student's network. It makes squares alone."""
+    return scheduler.is_stock and isinstance(unet.config.sample_size, int)
+
+
 class StoredPipeline(DiffusionPipeline):
     """A pipeline of a `unet` and a [`ConsistencyScheduler`], which is saved under stock names where it can be."""
 
@@ -59,10 +64,15 @@ class StoredPipeline(DiffusionPipeline):
         if index.get("null_class_label") is None:
             index.pop("null_class_label", None)
         index["_class_name"] = "ConsistencyPipeline"  # whichever way of sampling saved it
-        if self.scheduler.is_stock:
+        if self.is_stock:
             index["_class_name"] = ConsistencyModelPipeline.__name__
             index["scheduler"] = ["diffusers", STOCK_CLASS]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether `ConsistencyModelPipeline` computes the same."""
+        return suits_stock_pipeline(self.unet, self.scheduler)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the pipeline with a model card. Returns the address of the commit.

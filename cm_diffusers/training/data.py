@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from cm_diffusers.training.columns import all_captions, check_columns, has_columns, select_columns
-from cm_diffusers.training.images import BadImage, ImageSpec, ImageTransform
+from cm_diffusers.training.images import BadImage, ImageSpec, ImageTransform, check_values
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +118,18 @@ def prepare_dataset(
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
+    if isinstance(dataset, str | Path):
+        raise TypeError(f"`dataset` must be a dataset or a tensor of images; load {str(dataset)!r}, or set `dataset`.")
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"`dataset` must be one dataset, got several by name: {', '.join(map(str, dataset))}.")
     if isinstance(dataset, Tensor):
         if dataset.ndim != 4:
             raise ValueError(f"A tensor of images must be (n, channels, height, width), got {tuple(dataset.shape)}.")
         bad = dataset.flatten(1).isfinite().all(1).logical_not().nonzero()
         if len(bad) and on_bad_image == "error":
             raise ValueError(f"The image of row {int(bad[0])} holds values that are not finite.")
+        if dataset.is_floating_point() and len(dataset):
+            check_values(dataset[dataset.isfinite()] if len(bad) else dataset, spec)
         dataset = TensorDataset(dataset)
     is_column_data = has_columns(dataset)
     streamed = isinstance(dataset, IterableDataset) or (is_column_data and not hasattr(dataset, "__len__"))

@@ -59,13 +59,23 @@ class LPIPS(nn.Module):
 
     Args:
         value_range (`tuple[float, float]`): the values between which the images lie.
+
+    Raises:
+        `OSError`: if the backbone's weights are not here and cannot be downloaded.
     """
 
     def __init__(self, value_range: tuple[float, float] = (-1.0, 1.0)) -> None:
         super().__init__()
         import lpips
 
-        self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        try:
+            network = lpips.LPIPS(net="vgg", verbose=False)
+        except OSError as error:
+            raise OSError(
+                f"`distance='lpips'` needs the weights of VGG, which cannot be downloaded here: {error}. "
+                "`distance='pseudo_huber'` with `weighting='inverse_gap'` needs none."
+            ) from error
+        self.network = network.eval().requires_grad_(False)
         self.value_range = value_range
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

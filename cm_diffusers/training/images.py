@@ -54,6 +54,27 @@ class ImageSpec:
         return self.channels, self.height, self.width
 
 
+OVERSHOOT = 0.25  # of the range, which resampling may add to images
+
+
+def check_values(images: Tensor, spec: ImageSpec) -> None:
+    """See that floats are in the network's range.
+
+    Raises:
+        `ValueError`: if they are far outside. Where they fill but its upper half, a warning says so.
+    """
+    low, high = spec.value_range
+    least, most = (float(value) for value in images.aminmax())
+    slack = OVERSHOOT * (high - low)
+    if least < low - slack or most > high + slack:
+        raise ValueError(
+            f"The images' values go from {least:.4g} to {most:.4g}; the network's lie in [{low:g}, {high:g}]. Scale "
+            "pixels to that; latents are supported of text-to-image pipelines alone."
+        )
+    if least >= (low + high) / 2 - slack / 100 and most > least:
+        logger.warning("The images' values go from %.4g to %.4g. The network's black is %g.", least, most, low)
+
+
 class BadImage(ValueError):
     """An image that cannot be read, or is not finite; the message names it. `on_bad_image="skip"` passes over it."""
 
@@ -199,12 +220,19 @@ def _open(image: Any, name: str) -> Any:
 
     Raises:
         `BadImage`: if it cannot be read.
-        `ValueError`: if it is an array of anything but 0 to 255.
+        `ValueError`: if it is an array of another shape, or of anything but 0 to 255.
     """
     from PIL import Image
 
     if isinstance(image, list | np.ndarray):
         array = np.asarray(image)
+        if array.ndim == 3 and array.shape[-1] == 1:
+            array = array[..., 0]
+        if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (2, 3, 4)):
+            raise ValueError(
+                f"The image of {name} is an array of the shape {array.shape}; expected (height, width), or (height, "
+                "width, channels) of 1 to 4 channels."
+            )
         if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
             raise ValueError(f"The image of {name} is an array of {array.dtype}; expected integers from 0 to 255.")
         image = Image.fromarray(array.astype(np.uint8))

@@ -153,6 +153,11 @@ def make_phases(
     return phases
 
 
+def asks_denoiser(config: ConsistencyConfig, teacher: Teacher, phases: list[Phase]) -> bool:
+    """Whether a student learns what a denoiser says, by its method or by the conversion before it."""
+    return not teacher.is_consistency_model and (config.source == "teacher" or not phases[0].is_method)
+
+
 def stages(config: ConsistencyConfig, scheduler: ConsistencyScheduler) -> list[tuple[Levels, int]]:
     """The levels of a method's stages, and their steps."""
     total, first = config.max_train_steps, first_stage_steps(config)
@@ -178,7 +183,7 @@ def _pair_objective(
     levels: Levels, device: torch.device, is_truncated: bool,
 ) -> PairObjective:  # fmt: skip
     f = Denoiser(networks.student, scheduler.boundary)
-    target: Denoise = Denoiser(networks.target or networks.plain, scheduler.boundary)
+    target: Denoise = Denoiser(networks.plain if networks.target is None else networks.target, scheduler.boundary)
     # A learned weight takes the place of one that is given.
     weighting = WEIGHTINGS.get(config.weighting or "uniform", WEIGHTINGS["uniform"])
     if is_truncated and networks.first_stage is not None:

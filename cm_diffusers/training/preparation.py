@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 
-from cm_diffusers.network_config import height_and_width
+from cm_diffusers.network_config import check_size, height_and_width
 from cm_diffusers.noise_levels import default_second_sigma, karras_grid
 from cm_diffusers.preconditioning import VPPreconditioning
 from cm_diffusers.schedulers import ConsistencyScheduler
@@ -58,6 +58,11 @@ def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> T
             raise ValueError(f"`method={config.method!r}` needs a `teacher`.")
         return None
     teacher = load_teacher_of(config, source)
+    if config.source == "teacher" and teacher.is_consistency_model:
+        raise ValueError(
+            f"The teacher's scheduler, {type(teacher.scheduler).__name__}, is a consistency model's: it jumps, and "
+            "knows no ODE to be distilled. To go on with its training, take a method that learns from data."
+        )
     if config.lora_rank:
         if config.teacher_dtype != "float32" and precision == "no":
             raise ValueError(
@@ -247,6 +252,7 @@ def _image_spec(
     if text is not None:
         return picture_spec(config, text)
     height, width = _sample_size(unet)
+    check_size(unet.config, height, width)
     options = (scheduler.config.image_range, config.center_crop, config.random_flip)
     return ImageSpec(unet.config.in_channels, height, width, *options)
 

@@ -147,7 +147,8 @@ def find_matching(source: str, root: Path, identity: dict[str, Any]) -> tuple[Pa
         was, now = saved["config"].get(spec.name, spec.default), identity["config"][spec.name]
         if spec.name not in FREE_TO_CHANGE and was != now:
             differences.append(f"{spec.name} was {was!r} and is {now!r}")
-    for name in (identity.keys() | saved.keys()) - {"config", "step", "data", "scaler", "progress"}:
+    # What older checkpoints do not say is not compared.
+    for name in saved.keys() - {"config", "step", "data", "scaler", "progress"}:
         differences += compare(f"the {name.replace('_', ' ')}", saved.get(name), identity.get(name))
     if differences:
         raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(sorted(differences))}.")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor, nn
 
-from cm_diffusers.network_config import read_preconditioning
+from cm_diffusers.network_config import CONSISTENCY_SCHEDULERS, describe_network, read_preconditioning
+from cm_diffusers.networks import sharing_weights
 from cm_diffusers.preconditioning import Denoiser, Preconditioning, VPPreconditioning
 from cm_diffusers.training.text_to_image import TextToImage
 
@@ -30,6 +35,11 @@ class Teacher:
     scheduler: Any
     name: str
     text: TextToImage | None = None
+
+    @property
+    def is_consistency_model(self) -> bool:
+        """Whether its network is a consistency function already, which says nothing of the way there."""
+        return type(self.scheduler).__name__ in CONSISTENCY_SCHEDULERS
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -53,11 +63,15 @@ def load_teacher(
         prediction_type (`str`, *optional*): replaces the one in the scheduler's config.
         dtype (`torch.dtype`): in which a folder's network is loaded. What stands before it is in float32.
 
+    Returns:
+        [`Teacher`]: frozen. It shares the weights of a network that was passed, which stays as it is itself.
+
     Raises:
-        `TypeError`: if `source` is none of these, or its network takes other inputs than an image UNet's.
-        `ValueError`: if it cannot be loaded, or its scheduler is not supported.
+        `TypeError`: if `source` is none of these, or its network is none of diffusers', or takes text without one.
+        `ValueError`: if it cannot be loaded, or its network or its scheduler is not supported.
     """
     pipeline: Any = None
+    unet: Any
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise TypeError(f"A pair (unet, scheduler) has two parts, got {len(source)}.")
@@ -71,19 +85,65 @@ def load_teacher(
         raise TypeError(
             f"`teacher` must be a path, a Hub id, a pipeline or (unet, scheduler), got {type(source).__name__}."
         )
-    text = None
-    if getattr(getattr(unet, "config", None), "cross_attention_dim", None) is not None:
-        if pipeline is None:
-            raise TypeError(f"{type(unet).__name__} takes text embeddings: pass the whole pipeline.")
-        text = TextToImage(pipeline)
-    if prediction_type is not None:
-        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
-    if getattr(scheduler.config, "flow_map", False):
+    unet = getattr(unet, "_orig_mod", unet)  # of `torch.compile`
+    if getattr(getattr(scheduler, "config", None), "flow_map", False):
         raise ValueError(
             "A flow map cannot be a teacher: it says where a jump ends, and not only which way the ODE goes."
         )
+    check_network(unet)
+    text = None
+    if unet.config.get("cross_attention_dim") is not None:
+        if pipeline is None:
+            raise TypeError(f"{type(unet).__name__} takes text embeddings: pass the whole pipeline.")
+        text = TextToImage(pipeline)
+    elif encoder := {"vae", "vqvae"} & getattr(pipeline, "components", {}).keys():
+        raise ValueError(
+            f"The UNet of {name} makes latents, which its {encoder.pop()} turns into images: latents are supported "
+            "of pipelines from text to images alone."
+        )
+    if prediction_type is not None:
+        if "prediction_type" not in scheduler.config:
+            raise ValueError(f"{type(scheduler).__name__} knows one prediction type: leave it out.")
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     read_preconditioning(scheduler)
-    return Teacher(unet.requires_grad_(False).eval(), scheduler, name, text)
+    return Teacher(sharing_weights(unet).requires_grad_(False).eval(), scheduler, name, text)
+
+
+def check_network(unet: Any) -> None:
+    """See that a network is one that is called as those of diffusers are, and saved as they are.
+
+    Raises:
+        `TypeError`: if it is of another kind.
+        `ValueError`: if it takes or gives what no image is made of.
+    """
+    kind = type(unet)
+    if not isinstance(unet, ModelMixin):
+        raise TypeError(f"The network must be a UNet of diffusers, got {kind.__name__}; if that wraps one, pass it.")
+    if getattr(diffusers, kind.__name__, None) is not kind:
+        logger.warning("%s is no class of diffusers: its student is saved, but nothing will load it.", kind.__name__)
+    config = unet.config
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if given not in (taken, 2 * (taken or 0)):
+        raise ValueError(f"The network maps {taken} channels to {given}; expected {taken} or twice that.")
+    if config.get("time_embedding_type") == "learned":
+        raise ValueError("`time_embedding_type='learned'` is not supported: such a network knows whole times alone.")
+    if config.get("class_embed_type") and not config.get("num_class_embeds") and isinstance(unet, UNet2DModel):
+        raise ValueError(
+            f"`class_embed_type={config.class_embed_type!r}` is supported with `num_class_embeds` alone: the network "
+            "is told something else than a class."
+        )
+
+
+def identify_teacher(teacher: Teacher | None) -> dict[str, Any] | None:
+    """What tells a teacher from another: how its network is read, and a digest of some of every weight's values."""
+    if teacher is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in teacher.unet.state_dict().items():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 8)][:8].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    fields = describe_network({**teacher.scheduler.config, "_class_name": type(teacher.scheduler).__name__})
+    return {"scheduler": json.loads(json.dumps(fields)), "weights": digest.hexdigest()[:16]}
 
 
 def takes_text(source: Any, revision: str | None = None) -> bool:

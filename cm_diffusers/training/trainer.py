@@ -26,7 +26,7 @@ from cm_diffusers.training.ema import whole
 from cm_diffusers.training.health import Preempted, StepRecord, Watch, is_orphan
 from cm_diffusers.training.loading import Batches, first_images
 from cm_diffusers.training.optimizers import make_optimizer
-from cm_diffusers.training.phases import Networks, Phase, make_phases
+from cm_diffusers.training.phases import Networks, Phase, asks_denoiser, make_phases
 from cm_diffusers.training.preparation import (
     check_steps,
     identify,
@@ -53,7 +53,7 @@ from cm_diffusers.training.runtime import (
 from cm_diffusers.training.samples import drawing
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.stepping import Stepper
-from cm_diffusers.training.teacher import TeacherReport, check_teacher, takes_text
+from cm_diffusers.training.teacher import TeacherReport, check_teacher, identify_teacher, takes_text
 from cm_diffusers.training.tracking import Meter, log_samples, save_samples, start_tracker
 
 logger = logging.getLogger(__name__)
@@ -252,20 +252,20 @@ class ConsistencyTrainer:
 
     @torch.no_grad()
     def check_teacher(self) -> TeacherReport | None:
-        """See that the teacher denoises these images; `None` if there is no teacher to check.
+        """See that the teacher denoises these images; `None` if nothing is asked of one.
 
         Raises:
             `ValueError`: if it does not.
         """
-        if self.teacher is None or not self.config.teacher_check or self.config.source != "teacher":
+        config, teacher = self.config, self.teacher
+        if teacher is None or not (config.teacher_check and asks_denoiser(config, teacher, self.phases)):
             return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
         largest = max(math.prod(shape) for shape in self.dataset.fields.values())
         count = max(2 if self.text else 8, min(256, 2**20 // largest))
         batch = self.stepper.to_device(first_images(self.dataset, count))
-        random = SampleRandom(batch["seed"], self.accelerator.device)
-        images, conditioning = self.inputs.of_teacher(batch, random)
-        return check_teacher(self.teacher, images, **conditioning)
+        images, conditioning = self.inputs.of_teacher(batch, SampleRandom(batch["seed"], self.accelerator.device))
+        return check_teacher(teacher, images, **conditioning)
 
     # What a run leaves behind ---------------------------------------------------------------------------------------
 
@@ -392,7 +392,7 @@ class ConsistencyTrainer:
         identity = {
             "config": self.config.to_dict(), "global_batch_size": self.global_batch_size,
             "precision": precision(self.accelerator), "dataset": self.dataset_identity,
-            "scheduler": identify_scheduler(self.scheduler),
+            "scheduler": identify_scheduler(self.scheduler), "teacher": identify_teacher(self.teacher),
         }  # fmt: skip
         if self.batches.is_stream:  # whose parts belong to processes and their workers
             identity["processes"], identity["workers"] = self.accelerator.num_processes, self.batches.num_workers

@@ -1,5 +1,6 @@
 """Students elsewhere: stock diffusers classes, and onnxruntime."""
 
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from conftest import build_unet
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.cli import main
 from cm_diffusers.hub import export_to_diffusers, export_to_onnx
+from cm_diffusers.hub.student import Student
+from cm_diffusers.hub.usage import usage
 
 NOISE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -41,6 +44,19 @@ def test_a_consistency_student_is_stock_to_the_bit(classes, tmp_path, capfd):
         generators = [torch.Generator().manual_seed(7) for _ in range(2)]
         stock_images = images(stock, generator=generators[0], **labels, **arguments)
         np.testing.assert_array_equal(images(pipeline, generator=generators[1], **labels, **arguments), stock_images)
+
+
+def test_students_of_no_squares_are_not_stock(tmp_path):
+    pipeline = student(diffusers.EDMEulerScheduler(), stock=True, sample_size=(8, 12))
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "ConsistencyPipeline"
+    loaded = ConsistencyPipeline.from_pretrained(tmp_path)
+    found = [pipe(generator=torch.manual_seed(0), output_type="np").images for pipe in (pipeline, loaded)]
+    assert found[0].shape == (1, 8, 12, 3)
+    np.testing.assert_allclose(*found, atol=1e-5)
+    with pytest.raises(ValueError, match="squares alone"):
+        export_to_diffusers(loaded, tmp_path / "stock")
+    assert "images are no squares" in usage(Student(tmp_path, "name/student"))
 
 
 def test_stored_levels_are_said_to_stock_as_timesteps(tmp_path, capsys):

@@ -387,8 +387,38 @@ class ReadOnce(Stream):
         return self.stream
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(127.5, 127.5), (4, 0), (1, -1)])
+def test_values_that_no_image_has_are_refused(scale, shift):
+    images = torch.linspace(-1, 1, 192).view(1, 3, 8, 8) * scale + shift
+    with pytest.raises(ValueError, match="values go from .* lie in .-1, 1."):
+        prepare_dataset(images, RGB)
+
+
+def test_images_without_a_dark_half_are_told(caplog):
+    prepare_dataset(torch.linspace(0, 1, 192).view(1, 3, 8, 8), RGB)
+    assert "black is -1" in caplog.text
+    caplog.clear()
+    prepare_dataset(torch.linspace(-1.1, 1.1, 192).view(1, 3, 8, 8), RGB)
+    prepare_dataset(torch.linspace(0, 1, 192).view(1, 3, 8, 8), ImageSpec(3, 8, 8, (0.0, 1.0)))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("source", ["a/folder", {"train": [1], "test": [2]}], ids=str)
+def test_what_is_no_dataset_is_refused_by_type(source):
+    with pytest.raises(TypeError, match="a/folder|train, test"):
+        prepare_dataset(source, RGB)
+
+
+def test_arrays_may_have_one_channel_and_else_are_refused_by_their_shape():
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    prepared = [prepare_dataset([{"image": image}], GREY)[0]["images"] for image in (grey, grey[..., None])]
+    assert torch.equal(*prepared)
+    with pytest.raises(ValueError, match="row 0.*\\(3, 8, 8\\)"):
+        prepare_dataset([{"image": np.zeros((3, 8, 8), np.uint8)}], RGB)
+
+
 def test_tensors_come_out_as_they_are(generator):
-    images = torch.randn(5, 2, 8, 8, generator=generator)
+    images = torch.rand(5, 2, 8, 8, generator=generator) * 2 - 1
     prepared = prepare_dataset(images, ImageSpec(2, 8, 8))
     assert len(prepared) == 5 and all(torch.equal(prepared[i]["images"], images[i]) for i in range(5))
 
@@ -491,12 +521,12 @@ def test_identity_tells_datasets_apart(table):
     def identity(source):
         return prepare_dataset(source, RGB).identity()
 
-    images = torch.arange(20.0)[:, None, None, None].expand(20, 3, 8, 8)
+    images = torch.linspace(-1, 1, 20)[:, None, None, None].expand(20, 3, 8, 8)
     same = [identity(source) for source in (table, table.select(range(12)), images, images.clone())]
     assert same[0] == same[1] != same[2] == same[3]
     assert identity(table.select(range(11))) != same[0]
     assert identity(table.select([1, 0, *range(2, 12)])) != same[0]
-    assert identity(images + 1) != same[2]
+    assert identity(-images) != same[2]
     streams = [identity(table.to_iterable_dataset(num_shards=shards)) for shards in (2, 2, 3)]
     assert streams[0] == streams[1] != streams[2]
     assert identity(table.select(range(1, 12)).to_iterable_dataset(num_shards=2)) != streams[0]

@@ -106,7 +106,8 @@ def test_finite_differences_train_alike(tmp_path):
     moved = []
     for derivative in ("forward", "finite_difference"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        trainer = make_trainer(tmp_path / derivative, "scd", derivative=derivative, tangent_warmup_steps=0)
+        teacher = build_unet(), diffusers.DDPMScheduler()  # whose masks of dropout would be others
+        trainer = make_trainer(tmp_path / derivative, "scd", teacher, derivative=derivative, tangent_warmup_steps=0)
         before = weights(trainer.unet).clone()
         trainer.train()
         moved.append(weights(trainer.unet) - before)

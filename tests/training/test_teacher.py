@@ -89,6 +89,58 @@ class TestLoading:
         teacher = load_teacher((unet, diffusers.DDPMScheduler()), prediction_type="v_prediction")
         assert teacher.preconditioning.prediction_type == "v_prediction"
 
+    @pytest.mark.parametrize("kind", [diffusers.FlowMatchEulerDiscreteScheduler, diffusers.ScoreSdeVeScheduler])
+    def test_prediction_type_is_refused_where_there_is_one(self, unet, kind):
+        with pytest.raises(ValueError, match="one prediction type"):
+            load_teacher((unet, kind()), prediction_type="epsilon")
+
+    def test_a_network_that_is_passed_stays_as_it_is(self, make_unet):
+        unet = make_unet().train()
+        teacher = load_teacher((unet, diffusers.DDPMScheduler()))
+        shared = zip(unet.state_dict().values(), teacher.unet.state_dict().values(), strict=True)
+        assert all(own.data_ptr() == its.data_ptr() for own, its in shared)
+        teacher.unet.to(torch.float16, memory_format=torch.channels_last).compile()
+        assert all(module.training for module in unet.modules()) and unet._compiled_call_impl is None
+        assert all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in unet.parameters())
+
+    def test_networks_of_other_kinds_are_refused(self, unet):
+        class Wrapper(torch.nn.Module):
+            config = unet.config
+
+        for network in (Wrapper(), torch.nn.DataParallel(unet), torch.nn.Linear(1, 1)):
+            with pytest.raises(TypeError, match="must be a UNet of diffusers"):
+                load_teacher((network, diffusers.DDPMScheduler()))
+
+    @pytest.mark.parametrize(
+        ("config", "named"),
+        [
+            ({"in_channels": 3, "out_channels": 4}, "maps 3 channels to 4"),
+            ({"time_embedding_type": "learned", "num_train_timesteps": 1000}, "learned"),
+            ({"class_embed_type": "timestep"}, "num_class_embeds"),
+            ({"class_embed_type": "identity"}, "num_class_embeds"),
+        ],
+    )
+    def test_networks_that_take_or_give_what_no_image_is_made_of_are_refused(self, make_unet, config, named):
+        with pytest.raises(ValueError, match=named):
+            load_teacher((make_unet(**config), diffusers.DDPMScheduler()))
+
+    def test_networks_whose_class_nobody_knows_are_told(self, caplog):
+        class Own(diffusers.UNet2DModel):
+            pass
+
+        small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        load_teacher((Own(sample_size=8, norm_num_groups=4, **small), diffusers.DDPMScheduler()))
+        assert "Own is no class of diffusers" in caplog.text
+
+    def test_pipelines_of_latents_without_text_are_refused(self, make_unet):
+        vae = diffusers.VQModel(
+            block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+            norm_num_groups=4, latent_channels=3, num_vq_embeddings=4,
+        )  # fmt: skip
+        pipeline = diffusers.LDMPipeline(vae, make_unet(), diffusers.DDIMScheduler())
+        with pytest.raises(ValueError, match="makes latents"):
+            load_teacher(pipeline)
+
     def test_missing_folder_is_named(self, tmp_path):
         with pytest.raises(ValueError, match="absent"):
             load_teacher(str(tmp_path / "absent"))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.noise_levels import karras_grid
 from cm_diffusers.preconditioning import Denoiser
+from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training import checkpoints, health
 from cm_diffusers.training.checkpoints import CheckpointError
 from cm_diffusers.training.health import EXIT_CODE_PREEMPTED
@@ -62,7 +63,8 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("family", SCHEDULERS)
 def test_every_family_trains_saves_loads_and_samples(family, tmp_path):
-    trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS[family]))
+    from_data = {"method": "ct", "num_levels": None, "s1": 10} if family == "consistency" else {}
+    trainer = make_trainer(tmp_path, (build_unet(), SCHEDULERS[family]), **from_data)
     before = weights(trainer.unet).clone()
     pipeline = trainer.train()
     assert not torch.equal(weights(trainer.unet), before)
@@ -114,6 +116,21 @@ def test_ct_trains_without_a_teacher(tmp_path):
     config = make_config(tmp_path / "out", method="ct", unet_config=str(unet_config), num_levels=None, s1=10)
     pipeline = ConsistencyTrainer(config, train_dataset=IMAGES).train()
     assert pipeline.scheduler.is_stock
+
+
+@pytest.mark.parametrize("method", ["cd", "ecd"])
+@pytest.mark.parametrize("scheduler", [SCHEDULERS["consistency"], ConsistencyScheduler()], ids=["stock", "ours"])
+def test_consistency_models_are_not_distilled(method, scheduler, tmp_path):
+    with pytest.raises(ValueError, match="no ODE to be distilled"):
+        make_trainer(tmp_path, (build_unet(), scheduler), method=method, num_levels=None)
+
+
+def test_a_compiled_network_can_be_a_teacher(tmp_path):
+    unet = build_unet()
+    compiled = torch.compile(unet)
+    trainer = make_trainer(tmp_path, (compiled, diffusers.DDPMScheduler()), target="student")
+    assert torch.equal(weights(trainer.teacher.unet), weights(unet))
+    trainer.train()
 
 
 def test_a_network_of_its_own_beside_a_teacher_is_refused(tmp_path):
@@ -511,6 +528,11 @@ def test_a_resumed_run_may_split_its_batch_otherwise(tmp_path):
             {"teacher": (build_unet(), diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))},
             "the scheduler's beta_schedule was 'linear' and is 'squaredcos_cap_v2'",
         ),
+        ({"teacher": (build_unet(seed=1), diffusers.DDPMScheduler())}, "the teacher's weights was .* and is"),
+        (
+            {"teacher": (build_unet(), diffusers.DDPMScheduler(prediction_type="sample"))},
+            "the teacher's scheduler's prediction_type was 'epsilon' and is 'sample'",
+        ),
     ],
     ids=str,
 )
@@ -619,6 +641,14 @@ class TestRefusedBeforeTraining:
 
     def test_wrong_shape(self, tmp_path):
         self.refuse(tmp_path, r"\(1, 8, 8\).*\(3, 8, 8\)", images=IMAGES[:, :1])
+
+    def test_size_that_the_network_cannot_halve(self, tmp_path):
+        unet = build_unet(
+            sample_size=9, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="multiples of 2 .* 9 x 9"):
+            make_trainer(tmp_path, (unet, diffusers.DDPMScheduler()), IMAGES.new_zeros(4, 3, 9, 9))
 
     def test_no_images(self, tmp_path):
         self.refuse(tmp_path, "empty", images=IMAGES[:0])
