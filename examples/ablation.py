@@ -29,8 +29,9 @@ student's grid next to 8, 2 and 1/2 times the second of the two-step levels that
 finite, or ends at more than twice its best FID, is marked in the table.
 
 **LPIPS** enlarges images to 224 pixels for a VGG network: it says nothing of images of 8 or 16 pixels, and takes more
-compute than these students by far. The methods that have it by default get the pseudo-Huber distance with the weight
-1 / (sigma - sigma_lower) instead. The study `metric` takes it for `fashion28`, and only where there is an accelerator.
+compute than these students by far. The methods that have it by default get the pseudo-Huber distance with
+c = 0.03 sqrt(d) and the weight 1 / (sigma - sigma_lower) instead. The study `metric` takes it for `fashion28`, only
+where there is an accelerator.
 
 **Time.** All methods on `fashion16` with three seeds take nearly two hours on two cores with `--jobs 2`: a thread for
 each run, as two threads of one small network spend their time waiting for each other. `digits` takes a third of

@@ -427,7 +427,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         if not self.is_stock:
             return None
-        return grid_indices(self.levels_for(num_inference_steps), self.grid)
+        stock = SamplingLevels({**self.config, "sigma_lowest": None}, self.preconditioning)
+        return grid_indices(self.levels_for(num_inference_steps), stock.grid)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the config; under the stock class's name when diffusers' own class computes the same."""

@@ -145,7 +145,10 @@ def latent_size(resolution: int, text: TextToImage) -> int:
 
 
 def _describe_training(config: ConsistencyConfig, scheduler: ConsistencyScheduler, size: Any) -> ConsistencyScheduler:
-    """The scheduler with the grid that the student ends its training on, and a second level out of it."""
+    """The scheduler with the grid that the student ends its training on, and a second level out of it.
+
+    Of levels on no grid it is out of the one that stock diffusers has, where that runs the student.
+    """
     now = scheduler.config
     if config.levels == "skipping":
         return scheduler  # whose few steps are LCM's
@@ -160,8 +163,12 @@ def _describe_training(config: ConsistencyConfig, scheduler: ConsistencySchedule
         changes["sigma_lowest"], second = config.truncation, max(second, config.truncation)
     if length is not None:
         changes["num_train_timesteps" if now.family in GRID_FAMILIES else "num_levels"] = length
+    elif scheduler.is_stock:
+        length = scheduler.grid_length
+    if length is not None:
         grid = karras_grid(length, now.sigma_min, now.sigma_max, now.rho)
-        second = min(grid[1:-1].tolist(), key=lambda sigma: abs(math.log(sigma / second)), default=0.0)
+        allowed = [sigma for sigma in grid[1:-1].tolist() if sigma >= (config.truncation or 0)]
+        second = min(allowed, key=lambda sigma: abs(math.log(sigma / second)), default=0.0)
     if now.few_step_sigmas is None and now.sigma_min < second < now.sigma_max:
         changes["few_step_sigmas"] = {"2": [now.sigma_max, second]}
     return ConsistencyScheduler.from_config({**now, **changes, "_use_default_values": []})

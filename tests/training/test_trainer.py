@@ -610,6 +610,16 @@ def test_few_step_sampling_stays_on_the_levels_of_training(family, tmp_path):
         trainer.scheduler.set_timesteps(8)
 
 
+@pytest.mark.parametrize(("method", "least", "most"), [("ect", 0.6, 0.8), ("ecd", 0.6, 0.8), ("tcm", 1.0, 1.3)])
+def test_where_there_is_no_grid_the_second_level_is_one_that_stock_diffusers_has(method, least, most, tmp_path):
+    scheduler = make_trainer(tmp_path, (build_unet(), SCHEDULERS["edm"]), method=method, num_levels=None).scheduler
+    assert least <= scheduler.config.few_step_sigmas["2"][1] < most
+    stock = diffusers.CMStochasticIterativeScheduler.from_config(dict(scheduler.config))
+    stock.set_timesteps(timesteps=scheduler.stock_timesteps(2))
+    scheduler.set_timesteps(2)
+    torch.testing.assert_close(stock.sigmas[:2], scheduler.sigmas[:2])
+
+
 class TestRefusedBeforeTraining:
     def refuse(self, tmp_path, message, error=ValueError, **arguments):
         with pytest.raises(error, match=message):
