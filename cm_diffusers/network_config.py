@@ -45,7 +45,7 @@ def check_size(network_config: Any, height: int, width: int) -> None:
     Raises:
         `ValueError`: if it cannot.
     """
-    multiple = 2 ** (len(network_config.down_block_types) - 1)
+    multiple = 2 ** (len(network_config.get("down_block_types") or [None]) - 1)
     if height % multiple or width % multiple:
         raise ValueError(f"Height and width must be multiples of {multiple} for this model, got {height} x {width}.")
 

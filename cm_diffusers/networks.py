@@ -78,7 +78,8 @@ def copy_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def sharing_weights(network: nn.Module) -> nn.Module:
     """A copy with the same weights in memory, that can be frozen, moved, laid out and compiled on its own."""
-    memo: dict[int, Tensor] = {id(weight): nn.Parameter(weight.detach(), False) for weight in network.parameters()}
+    plain = [weight for weight in network.parameters() if type(weight) is nn.Parameter]  # and not quantised
+    memo: dict[int, Tensor] = {id(weight): nn.Parameter(weight.detach(), False) for weight in plain}
     memo |= {id(buffer): buffer.detach() for buffer in network.buffers()}
     return copy.deepcopy(network, memo)
 

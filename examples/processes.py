@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -42,7 +44,7 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
     threads = max(1, torch.get_num_threads() // jobs)
     spawn, left = multiprocessing.get_context("spawn"), iter(tasks)
     given = (threads, multiprocessing.get_start_method(), log_folder)
-    with ProcessPoolExecutor(jobs, spawn, start_worker, given) as pool:
+    with heard_once(), ProcessPoolExecutor(jobs, spawn, start_worker, given) as pool:
         # One for each process at a time: those that wait in the pool's queue could not be taken back.
         running = {pool.submit(function, task) for task in islice(left, jobs)}
         try:
@@ -55,19 +57,39 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
                 end_children()
 
 
-def end_children() -> None:
-    """SIGTERM, again and again: who saves first and goes on to ask for a task may wait for one that has ended.
+@contextmanager
+def heard_once() -> Iterator[None]:
+    """SIGINT and SIGTERM do what they did, and then no more: the next would leave processes waiting for each other."""
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in ENDING}
 
-    A second signal to the caller would leave it half done, and the caller waiting for the rest: it is not heard.
-    """
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    def hear(number: int, frame: Any) -> None:
+        for other in ENDING:
+            signal.signal(other, signal.SIG_IGN)
+        handler = before[number]
+        if callable(handler):
+            handler(number, frame)
+        else:
+            signal.signal(number, handler)
+            os.kill(os.getpid(), number)
+
+    for number in ENDING:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_children() -> None:
+    """SIGTERM, again and again: who saves first and goes on to ask for a task may wait for one that has ended."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     while children := multiprocessing.active_children():
         for child in children:
             child.terminate()
         for child in children:
             child.join(1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def end_without_parent() -> None:

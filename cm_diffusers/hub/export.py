@@ -43,7 +43,7 @@ def export_to_diffusers(pipeline: ConsistencyPipeline, folder: str | Path) -> ty
         pipeline.save_pretrained(folder)
         _drop_own_keys(Path(folder))
         return ConsistencyModelPipeline
-    reasons = ["ConsistencyModelPipeline makes squares alone"] if scheduler.is_stock else []
+    reasons = ["its `sample_size` is not one number, as in ConsistencyModelPipeline"] if scheduler.is_stock else []
     try:
         lcm = scheduler.to_lcm()
     except ValueError as error:

@@ -25,7 +25,7 @@ def _not_stock(student: Student, what: str) -> str:
     config = student.scheduler.config
     kind = f"family `{config.family}`, boundary `{config.boundary}`"
     if student.scheduler.is_stock:
-        kind = "whose images are no squares"
+        kind = f"`sample_size` {student.unet['sample_size']}, and not one number"
     return f"Stock diffusers has no {what} that computes this student ({kind})"
 
 

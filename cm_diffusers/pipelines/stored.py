@@ -32,7 +32,7 @@ def pop_dtype(options: dict[str, Any]) -> Any:
 
 
 def suits_stock_pipeline(unet: Any, scheduler: Any) -> bool:
-    """Whether `ConsistencyModelPipeline` computes the same with a student's network. It makes squares alone."""
+    """Whether `ConsistencyModelPipeline` computes the same with a student's network. It reads one `sample_size`."""
     return scheduler.is_stock and isinstance(unet.config.sample_size, int)
 
 

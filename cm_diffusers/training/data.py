@@ -128,9 +128,9 @@ def prepare_dataset(
         bad = dataset.flatten(1).isfinite().all(1).logical_not().nonzero()
         if len(bad) and on_bad_image == "error":
             raise ValueError(f"The image of row {int(bad[0])} holds values that are not finite.")
-        if dataset.is_floating_point() and len(dataset):
-            check_values(dataset[dataset.isfinite()] if len(bad) else dataset, spec)
         dataset = TensorDataset(dataset)
+    if isinstance(dataset, TensorDataset):
+        check_values(dataset.tensors[0], spec)
     is_column_data = has_columns(dataset)
     streamed = isinstance(dataset, IterableDataset) or (is_column_data and not hasattr(dataset, "__len__"))
     if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):

@@ -55,24 +55,27 @@ class ImageSpec:
 
 
 OVERSHOOT = 0.25  # of the range, which resampling may add to images
+BYTES = 100  # what the brightest of images from 0 to 255 exceeds
 
 
 def check_values(images: Tensor, spec: ImageSpec) -> None:
-    """See that floats are in the network's range.
+    """See that floats are in the network's range. It is told where they are not, or leave its lower half empty.
 
     Raises:
-        `ValueError`: if they are far outside. Where they fill but its upper half, a warning says so.
+        `ValueError`: if they are bytes.
     """
-    low, high = spec.value_range
-    least, most = (float(value) for value in images.aminmax())
+    finite = images[images.isfinite()] if images.is_floating_point() else images[:0]
+    if not finite.numel():
+        return
+    (low, high), (least, most) = spec.value_range, (float(value) for value in finite.aminmax())
+    found = f"The images' values go from {least:.4g} to {most:.4g}; the network's lie in [{low:g}, {high:g}]."
     slack = OVERSHOOT * (high - low)
+    if least >= 0 and high < BYTES < most <= 255:
+        raise ValueError(f"{found} Scale them to that.")
     if least < low - slack or most > high + slack:
-        raise ValueError(
-            f"The images' values go from {least:.4g} to {most:.4g}; the network's lie in [{low:g}, {high:g}]. Scale "
-            "pixels to that; latents are supported of text-to-image pipelines alone."
-        )
-    if least >= (low + high) / 2 - slack / 100 and most > least:
-        logger.warning("The images' values go from %.4g to %.4g. The network's black is %g.", least, most, low)
+        logger.warning("%s Samples are clipped to that.", found)
+    elif low < 0 <= least < most:
+        logger.warning("%s Is black %g?", found, low)
 
 
 class BadImage(ValueError):

@@ -153,9 +153,10 @@ def make_phases(
     return phases
 
 
-def asks_denoiser(config: ConsistencyConfig, teacher: Teacher, phases: list[Phase]) -> bool:
-    """Whether a student learns what a denoiser says, by its method or by the conversion before it."""
-    return not teacher.is_consistency_model and (config.source == "teacher" or not phases[0].is_method)
+def asks_denoiser(config: ConsistencyConfig, teacher: Teacher, phases: list[Phase], step: int) -> bool:
+    """Whether, from a step on, a student learns what a denoiser says: by its method, or its conversion before."""
+    converts = not phases[0].is_method and step < phases[0].steps
+    return not teacher.is_consistency_model and (config.source == "teacher" or converts)
 
 
 def stages(config: ConsistencyConfig, scheduler: ConsistencyScheduler) -> list[tuple[Levels, int]]:

@@ -101,6 +101,9 @@ def load_teacher(
             f"The UNet of {name} makes latents, which its {encoder.pop()} turns into images: latents are supported "
             "of pipelines from text to images alone."
         )
+    taken, given = unet.config.get("in_channels"), unet.config.get("out_channels")
+    if given not in (taken, 2 * (taken or 0)):
+        raise ValueError(f"The network maps {taken} channels to {given}; expected {taken} or twice that.")
     if prediction_type is not None:
         if "prediction_type" not in scheduler.config:
             raise ValueError(f"{type(scheduler).__name__} knows one prediction type: leave it out.")
@@ -122,9 +125,6 @@ def check_network(unet: Any) -> None:
     if getattr(diffusers, kind.__name__, None) is not kind:
         logger.warning("%s is no class of diffusers: its student is saved, but nothing will load it.", kind.__name__)
     config = unet.config
-    taken, given = config.get("in_channels"), config.get("out_channels")
-    if given not in (taken, 2 * (taken or 0)):
-        raise ValueError(f"The network maps {taken} channels to {given}; expected {taken} or twice that.")
     if config.get("time_embedding_type") == "learned":
         raise ValueError("`time_embedding_type='learned'` is not supported: such a network knows whole times alone.")
     if config.get("class_embed_type") and not config.get("num_class_embeds") and isinstance(unet, UNet2DModel):
@@ -216,7 +216,7 @@ class TeacherReport:
     @property
     def excess(self) -> float:
         """Median over sigma of error / bound: below 1 for a denoiser."""
-        ratios = [error / bound for error, bound in zip(self.errors, self.bounds, strict=True)]
+        ratios = [e / bound if bound else math.inf for e, bound in zip(self.errors, self.bounds, strict=True)]
         return sorted(ratios)[len(ratios) // 2] if all(map(math.isfinite, ratios)) else math.inf
 
     @property
@@ -262,8 +262,11 @@ class _ToldSigma:
         return self.base.scalings(sigma)._replace(c_noise=self.base.c_noise(sigma * self.factor).to(torch.float32))
 
 
-def check_teacher(teacher: Teacher, images: Tensor, **conditioning: Any) -> TeacherReport:
+def check_teacher(teacher: Teacher, images: Tensor, only_warn: bool = False, **conditioning: Any) -> TeacherReport:
     """Refuse a teacher whose D is not a denoiser on real images.
+
+    Args:
+        only_warn (`bool`): say what is wrong, and go on.
 
     Raises:
         `ValueError`: naming what is probably wrong: the prediction type, the noise schedule, or the images.
@@ -276,16 +279,24 @@ def check_teacher(teacher: Teacher, images: Tensor, **conditioning: Any) -> Teac
         f"The teacher {teacher.name} does not denoise these images as its scheduler's config says.\n{report.table()}\n"
     )
     if not report.excess < MOST_EXCESS:
-        raise ValueError(found + _explain(teacher, images, **conditioning))
+        return _object(found + _explain(teacher, images, **conditioning), report, only_warn)
     told = {factor: measure_teacher(teacher.denoiser, images, factor, **conditioning) for factor in FACTORS}
     best = min(FACTORS, key=lambda factor: told[factor].typical_error)
     if told[best].typical_error < MARGIN * report.typical_error:
-        raise ValueError(
-            found + f"It denoises better when told {best:g} times the true noise level, so the config's "
-            "noise schedule (its betas or its time) is not the one it was trained with. Pass (unet, scheduler) with "
-            "the right one, or switch the check off with `teacher_check=False`."
+        better = (
+            f"It denoises better when told {best:g} times the true noise level, so the config's noise schedule (its "
+            "betas or its time) is not the one it was trained with. Pass (unet, scheduler) with the right one, or "
+            "switch the check off with `teacher_check=False`."
         )
+        return _object(found + better, report, only_warn)
     logger.info("Teacher check passed: D's error on real images\n%s", report.table())
+    return report
+
+
+def _object(message: str, report: TeacherReport, only_warn: bool) -> TeacherReport:
+    if not only_warn:
+        raise ValueError(message)
+    logger.warning(message)
     return report
 
 

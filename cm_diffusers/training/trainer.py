@@ -255,17 +255,17 @@ class ConsistencyTrainer:
         """See that the teacher denoises these images; `None` if nothing is asked of one.
 
         Raises:
-            `ValueError`: if it does not.
+            `ValueError`: if it does not. Where only a conversion asks it, that is a warning.
         """
         config, teacher = self.config, self.teacher
-        if teacher is None or not (config.teacher_check and asks_denoiser(config, teacher, self.phases)):
+        if teacher is None or not (config.teacher_check and asks_denoiser(config, teacher, self.phases, self.step)):
             return None
         # 64 images of 64 x 64 x 4, and more where they are smaller.
         largest = max(math.prod(shape) for shape in self.dataset.fields.values())
         count = max(2 if self.text else 8, min(256, 2**20 // largest))
         batch = self.stepper.to_device(first_images(self.dataset, count))
         images, conditioning = self.inputs.of_teacher(batch, SampleRandom(batch["seed"], self.accelerator.device))
-        return check_teacher(teacher, images, **conditioning)
+        return check_teacher(teacher, images, only_warn=config.source != "teacher", **conditioning)
 
     # What a run leaves behind ---------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
 import logging
+import math
 
 import datasets
 import numpy as np
@@ -387,20 +388,36 @@ class ReadOnce(Stream):
         return self.stream
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(127.5, 127.5), (4, 0), (1, -1)])
-def test_values_that_no_image_has_are_refused(scale, shift):
-    images = torch.linspace(-1, 1, 192).view(1, 3, 8, 8) * scale + shift
-    with pytest.raises(ValueError, match="values go from .* lie in .-1, 1."):
-        prepare_dataset(images, RGB)
+def ramp(low, high):
+    return torch.linspace(low, high, 192).view(1, 3, 8, 8)
 
 
-def test_images_without_a_dark_half_are_told(caplog):
-    prepare_dataset(torch.linspace(0, 1, 192).view(1, 3, 8, 8), RGB)
-    assert "black is -1" in caplog.text
-    caplog.clear()
-    prepare_dataset(torch.linspace(-1.1, 1.1, 192).view(1, 3, 8, 8), RGB)
-    prepare_dataset(torch.linspace(0, 1, 192).view(1, 3, 8, 8), ImageSpec(3, 8, 8, (0.0, 1.0)))
+@pytest.mark.parametrize("source", [ramp(0, 255), TensorDataset(ramp(0, 255))], ids=["tensor", "dataset"])
+def test_floats_of_bytes_are_refused(source):
+    with pytest.raises(ValueError, match="go from 0 to 255; the network's lie in .-1, 1."):
+        prepare_dataset(source, RGB)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (ramp(-4, 4), "clipped"), (ramp(-2, 0), "clipped"), (ramp(0, 1), "black -1"), (ramp(-1.1, 1.1), ""),
+        (torch.zeros(1, 3, 8, 8), ""),
+    ],
+)  # fmt: skip
+def test_floats_out_of_range_are_told(images, told, caplog):
+    prepare_dataset(images, RGB)
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def test_floats_in_the_range_of_another_network_are_fine(caplog):
+    prepare_dataset(ramp(0, 1), ImageSpec(3, 8, 8, (0.0, 1.0)))
     assert not caplog.text
+
+
+def test_no_finite_image_is_the_error_that_it_was():
+    with pytest.raises(ValueError, match="None of the 1 images"):
+        prepare_dataset(torch.full((1, 3, 8, 8), math.nan), RGB, on_bad_image="skip")
 
 
 @pytest.mark.parametrize("source", ["a/folder", {"train": [1], "test": [2]}], ids=str)

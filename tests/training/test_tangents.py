@@ -153,6 +153,20 @@ def test_a_unet_with_dropout_is_the_same_one_in_the_derivative_and_after_it(memo
     torch.testing.assert_close(inside, after, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_is_the_same_where_activations_are_computed_again(memory_format):
+    gradients = []
+    for checkpointed in (False, True):
+        network = attentive_unet(dropout=0.3).train().to(memory_format=memory_format)
+        tangents = objective(network, FAMILIES[0], Boundary(FAMILIES[0], "edm", 0.002), torch.full((4,), 1.0), None)
+        if checkpointed:
+            network.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        images = torch.randn(4, 3, 8, 8).contiguous(memory_format=memory_format)
+        gradients.append(gradient(network, tangents.losses(images, 0, random_of(4)).values.sum()))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+
+
 def test_differences_are_taken_without_tf32(monkeypatch):
     matmul, cudnn, seen = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=True), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

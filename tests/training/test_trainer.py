@@ -118,6 +118,20 @@ def test_ct_trains_without_a_teacher(tmp_path):
     assert pipeline.scheduler.is_stock
 
 
+@pytest.mark.parametrize(("method", "steps"), [("ect", 2), ("ect", 0), ("cd", 0)])
+def test_the_teacher_is_checked_where_something_is_learned_of_it(method, steps, tmp_path, caplog):
+    changes = {"method": method, "num_levels": None, "conversion_steps": steps, "teacher_check": True}
+    trainer = make_trainer(tmp_path, **changes)
+    if method == "cd":
+        with pytest.raises(ValueError, match="does not denoise"):
+            trainer.check_teacher()
+        return
+    trainer.train()  # of data: it is told, and trained
+    assert ("does not denoise" in caplog.text) == bool(steps)
+    trainer.step = steps
+    assert trainer.check_teacher() is None
+
+
 @pytest.mark.parametrize("method", ["cd", "ecd"])
 @pytest.mark.parametrize("scheduler", [SCHEDULERS["consistency"], ConsistencyScheduler()], ids=["stock", "ours"])
 def test_consistency_models_are_not_distilled(method, scheduler, tmp_path):

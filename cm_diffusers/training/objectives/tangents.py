@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from cm_diffusers.networks import network_output
 from cm_diffusers.preconditioning import Boundary, HasScalings, Preconditioning, Scalings, second_time
@@ -50,18 +51,24 @@ def forward_mode(
 
 @contextmanager
 def contiguous_norms(network: Any) -> Iterator[None]:
-    """Group norms get contiguous inputs meanwhile: of others, torch 2.11 knows no forward derivative on CPUs.
-
-    Masks of dropout, drawn in the order of memory, differ with that.
-    """
-    modules = network.modules() if isinstance(network, nn.Module) else ()
-    norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].contiguous(),)) for norm in norms]
+    """Group norms get contiguous inputs meanwhile: of others, torch 2.11 knows no forward derivative on CPUs."""
+    hooks = make_norms_contiguous(network)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def make_norms_contiguous(network: Any) -> list[RemovableHandle]:
+    """From now on, give group norms contiguous inputs. Returns what ends that."""
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
+    return [norm.register_forward_pre_hook(_contiguous) for norm in norms]
+
+
+def _contiguous(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(),)
 
 
 def finite_difference(
@@ -245,6 +252,12 @@ class TangentObjective:
     warm_up: Callable[[int], float]
     real_data: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.derivative is forward_mode and has_dropout(self.network):
+            # Masks are drawn in the order of memory: in the pass with gradient, and where checkpoints of activations
+            # repeat it, they have to be those of the derivative.
+            make_norms_contiguous(self.plain)
+
     def losses(self, images: Tensor, step: int, random: SampleRandom, **conditioning: Any) -> Losses:
         jump = self.jumps.draw(random)
         sample = images + expand(jump.sigma, images) * random.normal_like(images)
@@ -262,8 +275,7 @@ class TangentObjective:
         device = images.device
         with torch.no_grad(), same_dropout(self.network, device), in_full_precision(self.plain, device):
             output_change = self.derivative(self.plain, scaled, times[0], scaled_along, times[1], **told)
-        with contiguous_norms(self.plain) if self._is_masked else nullcontext():
-            output = network_output(self.network, scaled, times[0], **told).float()
+        output = network_output(self.network, scaled, times[0], **told).float()
 
         constant = output.detach()
         skip, out = (expand(s, images) for s in self.preconditioning.output_scalings(jump.sigma))
@@ -275,11 +287,6 @@ class TangentObjective:
         answer = (skip, out) if jump.conditioning else (now.c_skip, now.c_out)
         denoised = answer[0] * sample + answer[1] * output
         return Losses(error.square().flatten(1).mean(1), jump.sigma, denoised)
-
-    @property
-    def _is_masked(self) -> bool:
-        """Whether forward mode has drawn masks of dropout, which the pass with gradient has to repeat."""
-        return self.derivative is forward_mode and has_dropout(self.network)
 
     def _cos_squared(self, sigma: Tensor) -> Tensor:
         """cos(t)^2 in TrigFlow's time."""
