@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
 
-from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS
+from cm_diffusers.schedulers.scheduling_consistency import STOCK_CLASS, ConsistencyScheduler
 
 # Of `from_pretrained`, what says how to download.
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -38,6 +39,19 @@ def suits_stock_pipeline(unet: Any, scheduler: Any) -> bool:
 
 class StoredPipeline(DiffusionPipeline):
     """A pipeline of a `unet` and a [`ConsistencyScheduler`], which is saved under stock names where it can be."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As everywhere in diffusers. The scheduler is read as what it is here, not as the stock class that it names:
+        that would warn of levels which it does not know, and which count here.
+        """
+        place = str(pretrained_model_name_or_path)
+        if "scheduler" not in kwargs:
+            with contextlib.suppress(OSError, ValueError):  # which are told below
+                config = ConsistencyScheduler.load_config(place, subfolder="scheduler", **download_options(kwargs))
+                if config.get("_class_name") == STOCK_CLASS:
+                    kwargs["scheduler"] = ConsistencyScheduler.from_config(config)
+        return super().from_pretrained(place, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:

@@ -78,12 +78,14 @@ def test_every_family_trains_saves_loads_and_samples(family, tmp_path):
         assert images.isfinite().all()
 
 
-def test_student_of_an_edm_teacher_loads_in_stock_diffusers_with_the_same_images(tmp_path):
+def test_student_of_an_edm_teacher_loads_in_stock_diffusers_with_the_same_images(tmp_path, caplog):
     teacher = build_unet(num_class_embeds=4), diffusers.EDMDPMSolverMultistepScheduler()
     data = [{"images": image, "label": i % 4} for i, image in enumerate(IMAGES)]
     make_trainer(tmp_path, teacher, data, few_step_sigmas={2: [80.0, 1.0]}, num_levels=40).train()
     ours = ConsistencyPipeline.from_pretrained(tmp_path)
+    assert "few_step_sigmas" not in caplog.text
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert "few_step_sigmas" in caplog.text  # which it does not know
     assert type(stock) is diffusers.ConsistencyModelPipeline
     assert ours.scheduler.config.few_step_sigmas == {"2": [80.0, 1.0]}
     for arguments in ({"num_inference_steps": 1}, {"num_inference_steps": 4}, {"timesteps": [22, 0]}):
