@@ -49,7 +49,8 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
         running = {pool.submit(function, task) for task in islice(left, jobs)}
         try:
             while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                # Another thread may take a signal, and this one notices when it goes on.
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 running |= {pool.submit(function, task) for task in islice(left, len(done))}
                 yield from (future.result() for future in done)
         finally:
@@ -59,21 +60,20 @@ def parallel(function: Callable[[T], R], tasks: Sequence[T], jobs: int, log_fold
 
 @contextmanager
 def heard_once() -> Iterator[None]:
-    """SIGINT and SIGTERM do what they did, and then no more: the next would leave processes waiting for each other."""
+    """SIGINT and SIGTERM end the processes, then do what they did; once, as a second would leave the first undone."""
     before: dict[int, Any] = {number: signal.getsignal(number) for number in ENDING}
 
     def hear(number: int, frame: Any) -> None:
-        for other in ENDING:
-            signal.signal(other, signal.SIG_IGN)
-        handler = before[number]
-        if callable(handler):
+        end_children()
+        if callable(handler := before[number]):
             handler(number, frame)
         else:
             signal.signal(number, handler)
             os.kill(os.getpid(), number)
 
-    for number in ENDING:
-        signal.signal(number, hear)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, hear)
     try:
         yield
     finally:
