@@ -64,7 +64,10 @@ def check_values(images: Tensor, spec: ImageSpec) -> None:
     Raises:
         `ValueError`: if they are bytes.
     """
-    finite = images[images.isfinite()] if images.is_floating_point() else images[:0]
+    if not images.is_floating_point():
+        return
+    is_finite = images.isfinite()
+    finite = images if is_finite.all() else images[is_finite]
     if not finite.numel():
         return
     (low, high), (least, most) = spec.value_range, (float(value) for value in finite.aminmax())
