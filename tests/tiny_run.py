@@ -15,6 +15,7 @@ alone, and under torchrun or `accelerate launch`. It says each step on its outpu
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import os
 import sys
@@ -41,6 +42,7 @@ SETTINGS = {
     "logging_steps": 1, "random_flip": True, "resume": "auto", "optimizer": "adam", "learning_rate": 1e-3,
     "distributed_timeout": 60.0,
 }  # fmt: skip
+HANGS_AFTER = 300.0  # seconds; a run that takes longer says where it is, and ends
 
 
 def images() -> torch.Tensor:
@@ -93,6 +95,7 @@ def watch(trainer: ConsistencyTrainer) -> dict[int, float]:
 
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
     slow_down_the_disk()
     config = ConsistencyConfig.from_dict({**SETTINGS, **parse_config("distill", arguments, "cd")})
     teacher: Any = build_unet(dropout=float(os.environ.get("TINY_DROPOUT", 0))), diffusers.DDPMScheduler()

@@ -37,6 +37,7 @@ ACCELERATE = [
 DROPOUT = {"TINY_DROPOUT": "0.2"}
 
 
+@pytest.mark.timeout(900 + 60 * KILLS)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_at_random_instants_ends_bit_identical(name, tmp_path):
     settings = {**COMMON, **RUNS[name]}
@@ -59,9 +60,7 @@ def kill(folder: Path, when: str, chance: random.Random, settings: dict) -> str:
     """Start the run, and kill one of its processes at a random instant. Returns where it was then."""
     env = environment(**DROPOUT, TINY_PAUSE="0.1", TINY_SLOW_DISK="0.02")
     left_over = half_written(folder)
-    process = subprocess.Popen(
-        command(folder, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(folder, **settings), env=env, start_new_session=True, stdout=subprocess.PIPE)
     family = []
     try:
         if when == "start":
