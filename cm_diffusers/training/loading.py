@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -139,7 +140,9 @@ class Batches:
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         # Of a stream, the batches since the workers' places were noted come again, and are passed over.
         first = self._done - (self._done % self._parts if self.is_stream else 0)
-        for index, batch in enumerate(self._loader(), first):
+        with _sigterm_left_to_workers():
+            batches = iter(self._loader())
+        for index, batch in enumerate(batches, first):
             place = batch.pop("place", None)
             if place is not None:
                 self._places[index % self._parts] = place[-1].tolist()
@@ -166,13 +169,26 @@ class Batches:
         return DataLoader(self.dataset, batch_sampler=sampler, **common)
 
 
+@contextlib.contextmanager
+def _sigterm_left_to_workers() -> Iterator[None]:
+    """Workers that are started within have SIGTERM blocked from the first: it would meet the handler of the run."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlast_sigterm(worker: int) -> None:
     """Let a worker end when its run says so, not when a cluster tells every process to: the run has a step to finish.
 
     Without this, it dies of a worker that was terminated, before it can write a checkpoint.
     """
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # where workers are not forked
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import signal
+import sys
 
 import datasets
 import numpy as np
@@ -220,3 +223,21 @@ def test_first_images_are_the_same_every_time():
         assert torch.equal(batches[0]["images"], batches[1]["images"])
         assert values(batches[:1]) == [0, 1, 2, 3, 4]
     assert len(first_images(prepare_dataset(numbered(3), PIXELS), 5)["images"]) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_worker_ends_when_its_run_says_so_however_early(monkeypatch):
+    start = multiprocessing.process.BaseProcess.start
+
+    def start_and_terminate(process):
+        start(process)
+        process.terminate()
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_terminate)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as a run that listens
+    try:
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            next(iter(Batches(prepare_dataset(numbered(), PIXELS), 2, seed=0, num_workers=1)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
