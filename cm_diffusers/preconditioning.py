@@ -27,8 +27,8 @@ BOUNDARIES = ("edm", "euler", "lcm")
 # An EDM network with this factor on its time has a consistency network's.
 STOCK_TIME_SCALE = 1000.0
 
-# The smallest alpha_bar of zero-terminal-SNR schedules: they reach 0, where sigma is infinite. diffusers' Euler
-# scheduler uses the same number.
+# What stands for the last alpha_bar of zero-terminal-SNR schedules: it is 0, where sigma is infinite. diffusers' Euler
+# scheduler uses the same number; where the one before is smaller yet, a quarter of that doubles its sigma.
 SMALLEST_ALPHA_BAR = 2.0**-24
 
 
@@ -115,9 +115,9 @@ class VPPreconditioning(Preconditioning):
     @functools.cached_property
     def log_sigmas(self) -> Tensor:
         """ln sigma(t) for t = 0 ... num_train_timesteps - 1, with sigma(t) = sqrt((1 - alpha_bar) / alpha_bar)."""
-        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64)
+        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64, copy=True)
         if alpha_bar[-1] <= 0:
-            alpha_bar = alpha_bar.clamp(min=SMALLEST_ALPHA_BAR)
+            alpha_bar[-1] = SMALLEST_ALPHA_BAR if alpha_bar[-2] > SMALLEST_ALPHA_BAR else alpha_bar[-2] / 4
         return ((1 - alpha_bar) / alpha_bar).log() / 2
 
     @functools.cached_property

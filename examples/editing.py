@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--student_steps", type=int, default=1000)
     parser.add_argument("--num_images", type=int, default=1000, help="that are measured, at most")
     given = parser.parse_args()
+    if given.num_images < 6:
+        parser.error("--num_images must be at least 6, for walks between three pairs.")
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [Training(name, folder, given.teacher_steps, given.student_steps) for name in (FASHION, EMOJI)]

@@ -308,9 +308,10 @@ def test_time_of_sigma_stays_on_the_table_outside_its_range() -> None:
     assert base.c_noise(torch.tensor([1e-4, 1e6])).tolist() == [0.0, 999.0]
 
 
-def test_time_of_sigma_is_finite_where_a_schedule_is_flat() -> None:
-    """Linear betas at zero terminal SNR: the last two noise levels are clipped to the same number."""
+def test_every_timestep_has_a_level_of_its_own_where_the_last_stands_for_infinity() -> None:
+    """Linear betas at zero terminal SNR: three levels before the last lie above 2^12."""
     base = read_preconditioning(DDPMScheduler(rescale_betas_zero_snr=True))
+    assert base.c_noise(base.log_sigmas[-5:].exp()).tolist() == pytest.approx([995, 996, 997, 998, 999])
     sigmas = torch.cat([torch.logspace(-2, 4, 500, dtype=torch.float64), base.log_sigmas[-3:].exp()]).sort().values
     times = base.c_noise(sigmas)
     assert times.isfinite().all()

@@ -41,10 +41,16 @@ class EditingPipeline(ConsistencyPipeline):
         return options.copy()
 
     def _edit_options(self, options: SamplingOptions) -> SamplingOptions:
-        """A copy for an edit. Images whose class is not given have none, if the student was trained with that."""
+        """A copy for an edit. Images whose class is not given have none, if the student was trained with that.
+
+        Raises:
+            `ValueError`: for guidance towards no class.
+        """
         found = self._checked(options)
         if found.get("class_labels") is None and self.classes:
             found["class_labels"] = self.config.null_class_label
+            if found["class_labels"] is not None and found.get("guidance_scale", 1.0) != 1:
+                raise ValueError("`guidance_scale` leads towards a class: pass `class_labels`.")
         return found
 
     def preprocess(

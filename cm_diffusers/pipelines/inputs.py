@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sized
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I", "F")  # and "I;16" and its like: what is white in them, they do not say
+# Of a new pixel that no masked one lies in, the pixels within make up more than this, and its neighbours the rest.
+LEAST_WEIGHT = 0.1
 
 
 def read_images(
@@ -22,7 +25,8 @@ def read_images(
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `Tensor`, or a list of them): arrays have the shape
             `(batch, height, width, channels)`, tensors `(batch, channels, height, width)`, both with fewer dimensions
-            where there is one of a kind. Numbers lie in [0, 1], or are bytes. Pictures take the model's mode.
+            where there is one of a kind. Numbers lie in [0, 1], or are bytes. Pictures take the model's mode, and
+            transparency is laid on white unless it has that.
         channels (`int`): of the model.
         height, width (`int`, *optional*): what they are resized to; their own size when `None`.
         check_range (`bool`): refuse numbers outside of [0, 1].
@@ -44,16 +48,28 @@ def read_masks(mask_image: Any, height: int | None = None, width: int | None = N
 
     Args:
         mask_image: like `image` of [`read_images`], of one channel; whole numbers may be 0 and 1, too.
-        height, width (`int`, *optional*): what they are resized to, without values in between.
+        height, width (`int`, *optional*): what they are resized to; a pixel is true that any true one lies in.
 
     Raises:
         `ValueError`, `TypeError`: as in [`read_images`], and for pictures that are transparent in part.
     """
-    masks = join("mask_image", to_tensors("mask_image", mask_image, 1, is_mask=True), height, width, "nearest-exact")
-    if masks.shape[1] != 1:
-        raise ValueError(f"`mask_image` must have one channel, got {masks.shape[1]}.")
-    _check_range("mask_image", masks)
-    return masks > 0.5
+    masks = [_as_mask(mask) for mask in to_tensors("mask_image", mask_image, 1, is_mask=True)]
+    return join("mask_image", masks, height, width, _touched)
+
+
+def unmasked(images: list[Tensor], masks: list[Tensor], height: int | None, width: int | None) -> list[Tensor]:
+    """Images that are resized from the pixels that their masks leave: what is kept has nothing of what is repainted.
+
+    Args:
+        images, masks (`list[Tensor]`): as [`to_tensors`] gives them, of one size each; one for all, or one for each.
+        height, width (`int`, *optional*): what they are resized to; as they are when `None`.
+    """
+    if height is None or width is None:
+        return images
+    images, kept = one_by_one(images), [~_as_mask(mask) for mask in one_by_one(masks)]
+    count = max(len(images), len(kept))
+    pairs = zip(images * (count // len(images)), kept * (count // len(kept)), strict=False)
+    return [_resized_where(image, mask.float(), height, width) for image, mask in pairs]
 
 
 def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool = False) -> list[Tensor]:
@@ -89,19 +105,30 @@ def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool
 
 
 def join(
-    name: str, images: list[Tensor], height: int | None = None, width: int | None = None, mode: str = "bicubic"
+    name: str,
+    images: list[Tensor],
+    height: int | None = None,
+    width: int | None = None,
+    resize: Callable[[Tensor, int, int], Tensor] | None = None,
 ) -> Tensor:
     """One tensor of several, resized where a size is wanted.
 
     Raises:
-        `ValueError`: if they differ in size and none is wanted, or in channels.
+        `ValueError`: if they differ in size and none is wanted, or in channels; for a height without a width.
     """
+    if (height is None) != (width is None):
+        raise ValueError("The model's config has no `sample_size`: pass both `height` and `width`, or none.")
     if height is not None and width is not None:
-        images = [_resized(image, height, width, mode) for image in images]
+        images = [(resize or _resized)(image, height, width) for image in images]
     shapes = {tuple(image.shape[1:]) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"`{name}` holds images of several shapes: {sorted(shapes)}.")
     return torch.cat(images)
+
+
+def one_by_one(images: list[Tensor]) -> list[Tensor]:
+    """Each image by itself, of those that [`to_tensors`] gives."""
+    return [one for part in images for one in part.split(1)]
 
 
 def check_sizes(images: list[Tensor], masks: list[Tensor]) -> None:
@@ -134,7 +161,7 @@ def as_batch(images: Tensor, batch_size: int, name: str) -> Tensor:
     return images.expand(batch_size, *images.shape[1:])
 
 
-def count_of(images: Tensor, batch_size: int | None) -> int:
+def count_of(images: Sized, batch_size: int | None) -> int:
     """How many results are wanted: `batch_size`, or as many as there are images.
 
     Raises:
@@ -170,16 +197,51 @@ def _in_mode(name: str, picture: PIL.Image.Image, channels: int | None) -> PIL.I
         raise ValueError(f"`{name}` is a picture of mode {picture.mode!r}: pass it as an array with values in [0, 1].")
     if channels is None:
         channels = 1 if picture.mode in ("1", "L", "LA") else 3
-    return picture.convert(MODES.get(channels, picture.mode))
+    return on_white(picture, channels).convert(MODES.get(channels, picture.mode))
 
 
-def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+def on_white(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """A picture with nothing to be seen through, for networks that have no fourth channel for it."""
+    is_transparent = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    if channels == 4 or not is_transparent:
+        return picture
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
     if images.shape[-2:] == (height, width):
         return images
-    if mode != "bicubic":
-        return F.interpolate(images, (height, width), mode=mode)
-    low, high = images.amin(), images.amax()  # which cubic kernels overshoot
-    return F.interpolate(images, (height, width), mode=mode, antialias=True).clamp(low, high)
+    low, high = (
+        bound((1, 2, 3), keepdim=True) for bound in (images.amin, images.amax)
+    )  # which cubic kernels overshoot
+    return _bicubic(images, height, width).clamp(low, high)
+
+
+def _resized_where(image: Tensor, kept: Tensor, height: int, width: int) -> Tensor:
+    """An image resized from the pixels that are `kept`, where they are most of what a new pixel is made of."""
+    plain = _resized(image, height, width)
+    if image.shape[-2:] == (height, width) or not kept.any():
+        return plain
+    weight = _bicubic(kept, height, width)
+    found = _bicubic(image * kept, height, width) / weight
+    found = found.clamp(*(bound(image[kept.expand_as(image) > 0]) for bound in (torch.amin, torch.amax)))
+    return torch.where(weight > LEAST_WEIGHT, found, plain)
+
+
+def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+
+
+def _touched(masks: Tensor, height: int, width: int) -> Tensor:
+    return masks if masks.shape[-2:] == (height, width) else F.adaptive_max_pool2d(masks.float(), (height, width)) > 0
+
+
+def _as_mask(masks: Tensor) -> Tensor:
+    """Where values of one channel are above 1/2."""
+    if masks.shape[1] != 1:
+        raise ValueError(f"`mask_image` must have one channel, got {masks.shape[1]}.")
+    _check_range("mask_image", masks)
+    return masks > 0.5
 
 
 def _check_range(name: str, images: Tensor) -> None:

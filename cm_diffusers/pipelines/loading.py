@@ -30,7 +30,7 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
             teacher's, if the student's record knows it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         options: of `DiffusionPipeline.from_pretrained`, such as `dtype`: float32 unless it is given. A `base` that
-            is a pipeline already stays as it is.
+            is a pipeline already is in its own; it gets the adapters and their scheduler.
 
     Raises:
         `ValueError`: if there is no student at `path`, adapters without the pipeline that they belong to, or a `base`

@@ -173,13 +173,12 @@ class ConsistencyPipeline(StoredPipeline):
             num_inference_steps = None
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas)
-        if start is not None:
+        if start is None:
+            latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+        else:
             height, width = start.shape[-2:]
-            # Noise of the first level, also where stock images start higher.
-            self.scheduler.init_noise_sigma = float(self.scheduler.sigmas[0])
-        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
-        if start is not None:
-            latents = (start.to(latents) + latents) / self.scheduler.state_scale(self.scheduler.sigmas[0])
+            noise = self.prepare_noise(batch_size, height, width, device, generator, latents)
+            latents = self._noisy(start, noise)
         class_labels = self.prepare_class_labels(batch_size, device, class_labels, generator)
         latents = self._denoise(
             latents, class_labels, guidance_scale, generator, callback_on_step_end,
@@ -246,7 +245,11 @@ class ConsistencyPipeline(StoredPipeline):
         default_height, default_width = (size, size) if isinstance(size, int) or size is None else size
         return height or default_height, width or default_width
 
-    def prepare_latents(
+    def prepare_latents(self, *arguments: Any, **options: Any) -> Tensor:
+        """The first state: [`~ConsistencyPipeline.prepare_noise`] times `init_noise_sigma`."""
+        return self.prepare_noise(*arguments, **options) * self.scheduler.init_noise_sigma
+
+    def prepare_noise(
         self,
         batch_size: int,
         height: int | None,
@@ -255,7 +258,7 @@ class ConsistencyPipeline(StoredPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """The first state: unit-variance noise, drawn or given, times `init_noise_sigma`."""
+        """Noise of unit variance, drawn or given, on `device` and in the network's precision."""
         height, width = self.image_size(height, width)
         if latents is not None:
             height, width = height or latents.shape[-2], width or latents.shape[-1]
@@ -268,7 +271,13 @@ class ConsistencyPipeline(StoredPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, self.unet.dtype)
+
+    def _noisy(self, start: Tensor, noise: Tensor) -> Tensor:
+        """The state of the first level around images, in the precision of `noise`: half of it holds no large sigma."""
+        sigma = self.scheduler.sigmas[0]
+        state = start.to(noise.device).float() + float(sigma) * noise.float()
+        return (state / self.scheduler.state_scale(sigma)).to(noise.dtype)
 
     @property
     def classes(self) -> list[int]:

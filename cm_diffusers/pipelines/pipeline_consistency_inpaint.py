@@ -10,7 +10,7 @@ from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
 from cm_diffusers.pipelines.editing import SamplingOptions
-from cm_diffusers.pipelines.inputs import as_batch, check_sizes, read_masks, to_tensors
+from cm_diffusers.pipelines.inputs import as_batch, check_sizes, count_of, one_by_one, read_masks, to_tensors, unmasked
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
 
@@ -55,6 +55,7 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
                 `(batch, channels, height, width)`, with values in [0, 1]. Resized to the model's size.
             mask_image (like `image`, one channel; or booleans, or 0 and 1):
                 White, above 1/2, is repainted and black is kept. Of the size of `image`; one for all, or one for each.
+                Where both are reduced, a pixel is repainted that any white one lies in.
             batch_size (`int`, *optional*):
                 The number of results when `image` is a single one.
             num_inference_steps (`int`, *optional*, defaults to 8):
@@ -75,7 +76,8 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
         images = to_tensors("image", image, self.unet.config.in_channels)
         masks = to_tensors("mask_image", mask_image, 1, is_mask=True)
         check_sizes(images, masks)
-        values = self.preprocess(images, batch_size, *self.image_size(height, width))
-        unknown = read_masks(masks, *values.shape[-2:])
-        known = Known(values, ~as_batch(unknown, len(values), "mask_image"))
+        size = self.image_size(height, width)
+        count = count_of(one_by_one(images), batch_size)
+        unknown = as_batch(read_masks(masks, *size), count, "mask_image")
+        known = Known(self.preprocess(unmasked(images, masks, *size), count, *size), ~unknown)
         return super().__call__(known, num_inference_steps, **options)

@@ -8,10 +8,18 @@ from typing import Any
 
 from diffusers import LCMScheduler
 
-from cm_diffusers.network_config import describe_network, preconditioning_from_config
+from cm_diffusers.network_config import (
+    CONSISTENCY_SCHEDULERS,
+    SUPPORTED_SCHEDULERS,
+    describe_network,
+    preconditioning_from_config,
+)
 from cm_diffusers.schedulers.sampling_levels import GRID_FAMILIES, SLACK
 
 LCM_CLASS = "LCMScheduler"
+TEACHER_CLASSES = SUPPORTED_SCHEDULERS - CONSISTENCY_SCHEDULERS
+# Which the schedulers of consistency models have not, or not without a `family`.
+TEACHER_FIELDS = {"prediction_type", "shift", "snr"}
 
 
 def fields_from_teacher(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +41,7 @@ def fields_from_teacher(config: Mapping[str, Any], overrides: Mapping[str, Any])
         "boundary": "edm" if own_grid else "euler",
         "sigma_min": low if whole else max(0.002, low),
         "sigma_max": high if whole else min(80.0, high),
+        "clip_denoised": bool(config.get("clip_sample", True)),
     }
     fields = {**fields, **defaults, **overrides}
     # The ends of a discrete schedule are irrational.
@@ -42,6 +51,14 @@ def fields_from_teacher(config: Mapping[str, Any], overrides: Mapping[str, Any])
             f"[{low:g}, {high:g}]: it has never seen such noise. Choose `sigma_min` and `sigma_max` inside."
         )
     return fields
+
+
+def name_of_teacher(config: Mapping[str, Any]) -> str | None:
+    """Whose a config is, if it is that of a diffusion model's scheduler. One that was never saved has no class."""
+    name = config.get("_class_name")
+    if name is None and "family" not in config:
+        return "a diffusion model's" if TEACHER_FIELDS & config.keys() else None
+    return f"a {name}'s" if isinstance(name, str) and name in TEACHER_CLASSES else None
 
 
 def is_lcm(config: Mapping[str, Any]) -> bool:

@@ -15,16 +15,18 @@ import torch
 from diffusers import LCMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cm_diffusers.network_config import SUPPORTED_SCHEDULERS, preconditioning_from_config
+from cm_diffusers.network_config import preconditioning_from_config
 from cm_diffusers.noise_levels import karras_sigmas
 from cm_diffusers.preconditioning import Boundary, Preconditioning
-from cm_diffusers.schedulers.origins import fields_from_lcm, fields_from_teacher, is_lcm
+from cm_diffusers.schedulers.origins import fields_from_lcm, fields_from_teacher, is_lcm, name_of_teacher
 from cm_diffusers.schedulers.sampling_levels import GRID_FAMILIES, SamplingLevels
 from cm_diffusers.schedulers.stock import STOCK_CLASS, grid_indices, is_stock, lcm_scheduler, stock_config
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             )
         self.boundary  # noqa: B018  refuses impossible combinations at once
         self._levels.check()
+        self.is_scale_input_called = False
         self.init_noise_sigma = self.first_std(sigma_max)
         self.num_inference_steps: int | None = None
         self._set_schedule(karras_sigmas(np.linspace(0, 1, min(num_train_timesteps, 1000)), sigma_min, sigma_max, rho))
@@ -146,16 +149,15 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As everywhere in diffusers, and from the config of the `LCMScheduler` of a latent consistency model.
 
-        The scheduler of a diffusion model is refused: it describes no student.
+        The scheduler of a diffusion model is refused, whether it was loaded or made: it describes no student.
 
         Raises:
             `ValueError`: for another scheduler's config, or an `LCMScheduler`'s that cannot be represented.
         """
-        name = config.get("_class_name") if isinstance(config, Mapping) else None
         if isinstance(config, Mapping) and is_lcm(config):
             config = fields_from_lcm(config)
-        elif isinstance(name, str) and name in SUPPORTED_SCHEDULERS - {cls.__name__, STOCK_CLASS}:
-            raise ValueError(f"The config is a {name}'s. A student's scheduler is made by `from_teacher(scheduler)`.")
+        elif isinstance(config, Mapping) and (name := name_of_teacher(config)):
+            raise ValueError(f"The config is {name}. A student's scheduler is made by `from_teacher(scheduler)`.")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -166,8 +168,9 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             scheduler (`SchedulerMixin`): the teacher's scheduler, of any supported class.
             overrides: any argument of [`ConsistencyScheduler`]. Without them the range of sigma is
                 [max(0.002, teacher's lowest), min(80, teacher's highest)], or all of the teacher's for the boundary
-                `lcm` and with `original_inference_steps`, as `LCMScheduler` has it; and the boundary is `edm` for EDM
-                and consistency teachers, `euler` for all others.
+                `lcm` and with `original_inference_steps`, as `LCMScheduler` has it; the boundary is `edm` for EDM
+                and consistency teachers, `euler` for all others; and estimates are clipped, unless the teacher has a
+                `clip_sample` that says no.
 
         Raises:
             `ValueError`: if the scheduler is not supported, or a range of sigma outside the teacher's is asked for.
@@ -320,6 +323,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             sample (`Tensor` of shape `(batch, channels, height, width)`): the state.
             timestep (`float` or `Tensor`): one of `timesteps`.
         """
+        self.is_scale_input_called = True
         sigma = self.sigmas[self._locate(timestep)]
         scale = self.preconditioning.input_scale(sigma) / self.state_scale(sigma)
         return (sample / scale).to(sample.dtype)
@@ -344,6 +348,9 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of one per sample, *optional*): source of the noise.
             return_dict (`bool`): return a [`ConsistencySchedulerOutput`] rather than a tuple.
         """
+        if not self.is_scale_input_called and self.config.boundary != "lcm":
+            logger.warning("`step` was called without `scale_model_input`: the network was given unscaled states.")
+            self.is_scale_input_called = True
         index = self._locate(timestep)
         # Half precision is too coarse for c_skip * x at sigma = 80.
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -401,9 +408,12 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             noise (`Tensor` of the same shape): unit-variance noise.
             timesteps (`Tensor` of shape `(batch,)`): in the network's own time, on the schedule or not.
         """
+        # Half precision holds no large sigma.
+        samples = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
         sigma = self.preconditioning.sigma_from_c_noise(torch.as_tensor(timesteps))
-        sigma = sigma.view(-1, *[1] * (original_samples.ndim - 1))
-        return (original_samples + sigma.to(original_samples) * noise) / self.state_scale(sigma).to(original_samples)
+        sigma = sigma.view(-1, *[1] * (samples.ndim - 1))
+        state = (samples + sigma.to(samples) * noise.to(samples)) / self.state_scale(sigma).to(samples)
+        return state.to(original_samples.dtype)
 
     # Saving: stock on disk where diffusers' own class computes the same ---------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_diffusers.pipelines.inputs import on_white
 from cm_diffusers.training.captions import find_caption_column, read_captions
 
 logger = logging.getLogger(__name__)
@@ -301,9 +302,7 @@ def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") 
 
     if spec.channels not in PIL_MODES:
         raise ValueError(f"The image of {name} is a picture; a network of {spec.channels} channels takes tensors.")
-    if spec.channels != 4 and (picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info):
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    picture = picture.convert(PIL_MODES[spec.channels])
+    picture = on_white(picture, spec.channels).convert(PIL_MODES[spec.channels])
     if picture.width < spec.width or picture.height < spec.height:
         _warn_of_enlarging(spec.height, spec.width)
     height, width = covering_size(picture.height, picture.width, spec)

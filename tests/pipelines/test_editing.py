@@ -11,7 +11,7 @@ import pytest
 import torch
 from closed_form import PointMixture
 from conftest import build_unet
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMScheduler
 from test_known import orthogonal
 from torch import Tensor
 
@@ -228,6 +228,8 @@ def test_images_without_a_class_have_none_where_that_was_trained():
     for label in (None, 4, 0):
         results[label] = edit("inpaint", image, pipe, class_labels=label)
     assert torch.equal(results[None], results[4]) and not torch.equal(results[None], results[0])
+    with pytest.raises(ValueError, match="leads towards a class"):
+        edit("inpaint", image, pipe, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -290,6 +292,18 @@ def test_images_are_resized_without_aliasing():
     for form in (stripes, array, PIL.Image.fromarray((array * 255).astype(np.uint8))):
         assert read_images(form, 3, 8, 8).sub(0.5).abs().max() < 0.1
     assert read_images(PIL.Image.new("RGBA", (16, 16)), 4, 8, 8).shape == (1, 4, 8, 8)
+
+
+def test_a_resized_image_does_not_depend_on_the_batch():
+    hard = (pictures(2, 24, 24) > 0.5).float() * torch.tensor([0.4, 1.0]).view(2, 1, 1, 1)
+    assert torch.equal(read_images(hard, 3, 8, 8)[:1], read_images(hard[:1], 3, 8, 8))
+    assert torch.equal(read_images(hard, 3, 8, 8), read_images(list(hard), 3, 8, 8))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGBA", 3), ("LA", 1)])
+def test_what_is_transparent_is_white(mode, channels):
+    picture = PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
+    assert read_images(picture, channels).eq(1).all()
 
 
 def test_the_factor_leads_to_the_models_size():
@@ -358,6 +372,31 @@ def test_an_estimated_level_stays_within_the_students(steps):
     flat = torch.full((1, 3, 8, 8), 0.25)
     result = pipe(flat, num_inference_steps=steps, output_type="pt").images
     torch.testing.assert_close(result, flat, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_walk_is_the_same_after_an_edit_that_shares_the_scheduler(dtype):
+    walks = pipeline(ConsistencyInterpolationPipeline).to(dtype=dtype)
+    walk = lambda: walks(num_frames=3, generator=seeded(), output_type="latent").images  # noqa: E731
+    before = walk()
+    ConsistencyImg2ImgPipeline.from_pipe(walks)(pictures(1), 0.37, num_inference_steps=1)
+    assert torch.equal(walk(), before)
+
+
+@pytest.mark.parametrize("name", ["inpaint", "img2img"])
+def test_edits_from_large_noise_are_finite_in_half_precision(name):
+    """Of a student that is trained on all of a cosine schedule, up to sigma = 20,000."""
+    scheduler = ConsistencyScheduler.from_teacher(
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"), boundary="lcm", original_inference_steps=50
+    )
+    kind = ConsistencyInpaintPipeline if name == "inpaint" else ConsistencyImg2ImgPipeline
+    pipe = pipeline(kind, scheduler)
+    arguments = (pictures(1), left_half()) if name == "inpaint" else (pictures(1), 1.0)
+    whole = pipe(*arguments, generator=seeded(), output_type="pt").images
+    half = pipe.to(dtype=torch.float16)(*arguments, generator=seeded(), output_type="pt").images
+    torch.testing.assert_close(half.float(), whole, rtol=0, atol=0.05)
+    noise, times = torch.randn(8, 3, 8, 8, generator=seeded()).half() * 4, torch.full((8,), 999)
+    assert scheduler.add_noise(torch.zeros_like(noise), noise, times).isfinite().all()
 
 
 def test_walks_begin_and_end_at_the_samples_of_their_ends():
@@ -481,6 +520,7 @@ GREY = Known(pictures(channels=1), torch.tensor(True))
         (lambda: pipeline(ConsistencyImg2ImgPipeline)(pictures(1).int()), "floating point numbers or bytes"),
         (lambda: pipeline(ConsistencyImg2ImgPipeline)(PIL.Image.new("I;16", (8, 8))), "mode 'I;16'"),
         (lambda: pipeline(ConsistencyInpaintPipeline)(pictures(1), PIL.Image.new("RGBA", (8, 8))), "transparent"),
+        (lambda: pipeline(ConsistencyImg2ImgPipeline, sample_size=None)(pictures(1), height=4), "both `height`"),
         (lambda: pipeline(ConsistencyInpaintPipeline)(pictures(2), [left_half()[0], left_half(4, 8)[0]]), "one size"),
         (lambda: walk(pictures(3), (build_unet(), diffusers.EDMEulerScheduler())), "two ends, got 3"),
         (lambda: walk(pictures(2), "teacher"), "must be a pipeline"),

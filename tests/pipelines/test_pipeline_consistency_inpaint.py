@@ -73,6 +73,26 @@ def test_what_lies_under_the_mask_does_not_matter(unet):
     assert torch.equal(repaint(pipe, image, half()), repaint(pipe, other, half()))
 
 
+def test_thin_strokes_of_a_larger_mask_are_repainted_whole(unet):
+    """Where even one masked pixel lies in a pixel of the model."""
+    pipe, mask = pipeline(unet), torch.zeros(1, 1, 64, 64)
+    mask[..., 21:22, :] = 1
+    image = torch.full((1, 3, 64, 64), 0.5).where(mask == 0, 0.0)
+    result = repaint(pipe, image, mask)
+    assert (result[..., 2, :] - 0.5).abs().mean() > 0.05
+    kept = result[..., [0, 1, 3, 4, 5, 6, 7], :]
+    torch.testing.assert_close(kept, torch.full_like(kept, 0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (12, 20), (64, 64), (5, 7)], ids=str)
+def test_nothing_of_what_is_masked_is_in_what_is_kept(unet, size):
+    pipe, mask = pipeline(unet), torch.zeros(1, 1, *size)
+    mask[..., size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = 1
+    image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    other = image.where(mask == 0, 1 - image)
+    assert torch.equal(repaint(pipe, image, mask), repaint(pipe, other, mask))
+
+
 @pytest.mark.parametrize("form", ["pil", "numpy", "tensor", "list", "bool", "bool array"])
 def test_images_and_masks_come_in_every_form(unet, form):
     eight_bits = (picture() * 255).round() / 255

@@ -12,8 +12,10 @@ from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
+    DDIMScheduler,
     DDPMScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     ScoreSdeVeScheduler,
@@ -527,6 +529,35 @@ def test_lcm_boundary_is_anchored_at_timestep_zero() -> None:
     scheduler = ConsistencyScheduler.from_teacher(DDPMScheduler(), boundary="lcm")
     alpha_bar = float(DDPMScheduler().alphas_cumprod[0])
     assert scheduler.config.sigma_min == pytest.approx(((1 - alpha_bar) / alpha_bar) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_estimates_are_clipped_where_the_teachers_are(clip: bool) -> None:
+    teacher = DDIMScheduler(clip_sample=clip)
+    assert ConsistencyScheduler.from_teacher(teacher).config.clip_denoised is clip
+    assert ConsistencyScheduler.from_teacher(teacher, clip_denoised=not clip).config.clip_denoised is not clip
+    assert ConsistencyScheduler.from_teacher(EulerDiscreteScheduler()).config.clip_denoised is True
+
+
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler,
+             ScoreSdeVeScheduler],
+)  # fmt: skip
+def test_the_config_of_a_teacher_is_refused_wherever_it_comes_from(kind: Any, tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    for config in (kind().config, kind.load_config(tmp_path)):
+        with pytest.raises(ValueError, match=r"made by `from_teacher\(scheduler\)`"):
+            ConsistencyScheduler.from_config(config)
+
+
+@pytest.mark.parametrize("boundary", ["euler", "lcm"])
+def test_a_pipeline_that_does_not_scale_is_told_once(boundary: str, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = ConsistencyScheduler.from_teacher(DDPMScheduler(), boundary=boundary)
+    scheduler.set_timesteps(3)
+    state = torch.zeros(1, 3, 8, 8)
+    for timestep in scheduler.timesteps:
+        state = scheduler.step(state, timestep, state).prev_sample
+    assert caplog.text.count("without `scale_model_input`") == (boundary == "euler")
 
 
 def test_unsupported_teacher_is_refused() -> None:
