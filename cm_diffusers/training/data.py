@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,6 +29,7 @@ FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl
 CACHE_BYTES = 64 * 2**20
 # So many bad images in a row are not a few corrupt files but a disk that is gone, or the wrong column.
 MOST_BAD_IN_A_ROW = 1000
+LOOKED_AT = 16  # images that stand for all
 
 
 # Loading ---------------------------------------------------------------------------------------------------------
@@ -41,23 +44,27 @@ def load_image_dataset(
         path (`str`): a Hub id; a folder of images (with a folder per class, or `metadata.jsonl`), of parquet, arrow or
             json files, or written by `save_to_disk`; or one parquet, arrow or json file.
         name (`str`, *optional*): configuration of the dataset.
-        split (`str`): the split. A folder that holds one saved `Dataset` has no others.
+        split (`str`): the split, or a part of it such as `"train[:10%]"`. That of one file, and of one saved
+            `Dataset`, is `"train"`.
         streaming (`bool`): read it as it comes.
         data_files (`str`, `list` or `dict`, *optional*): which files to read, as for `datasets.load_dataset`.
 
     Raises:
-        `ValueError`: if it cannot be found or loaded, saying what was tried, or if the split is empty.
+        `ValueError`: if it cannot be found or loaded, saying what was tried, if the split is empty, or for a `name` or
+            `data_files` of what has none.
     """
     import datasets
 
     place = Path(path).expanduser()
     saved = (place / "state.json").exists() or (place / "dataset_dict.json").exists()
+    if (place.is_file() or saved) and not (name is None and data_files is None):
+        raise ValueError(f"The dataset {path!r} is one by itself: it has neither configurations nor `data_files`.")
     options: dict[str, Any] = {"name": name, "split": split, "streaming": streaming, "data_files": data_files}
     if place.is_file():
         if place.suffix not in FILE_KINDS:
             raise ValueError(f"The dataset {path!r} is a file of none of the kinds {', '.join(FILE_KINDS)}.")
         taken_as, path = f"a file of kind {FILE_KINDS[place.suffix]}", FILE_KINDS[place.suffix]
-        options |= {"name": None, "data_files": str(place)}
+        options["data_files"] = str(place)
     elif place.is_dir():
         taken_as, path = "a folder" + " written by `save_to_disk`" * saved, str(place)
     elif data_files is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
@@ -78,11 +85,19 @@ def _load_saved(place: Path, split: str, streaming: bool) -> Any:
     import datasets
 
     saved = datasets.load_from_disk(str(place))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"it has the splits {', '.join(saved)}.")
-        saved = saved[split]
-    return saved.to_iterable_dataset() if streaming else saved
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    wanted = datasets.ReadInstruction.from_spec(split)
+    try:
+        parts = wanted.to_absolute({name: len(rows) for name, rows in splits.items()})
+    except ValueError:
+        raise ValueError(f"it has the splits {', '.join(splits)}.") from None
+    found = [_rows(splits[part.splitname], part.from_, part.to) for part in parts]
+    dataset = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _rows(dataset: Any, start: int, end: int) -> Any:
+    return dataset if (start, end) == (0, len(dataset)) else dataset.select(range(start, end))
 
 
 def prepare_dataset(
@@ -152,7 +167,7 @@ def prepare_dataset(
 
 
 class _Images:
-    """What both kinds of datasets share: reading one item, and what a bad one does."""
+    """What both kinds of datasets share: reading one item, what a bad one does, and what range values are in."""
 
     def __init__(self, dataset: Any, transform: ImageTransform, skip_bad: bool) -> None:
         self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
@@ -162,6 +177,19 @@ class _Images:
     def fields(self) -> dict[str, tuple[int, ...]]:
         """The large tensors of an item, with their shapes."""
         return {"images": self.transform.spec.shape}
+
+    def _is_tensor(self, raw: Any) -> bool:
+        """Whether an item's image is a tensor that fits, whose range of values is the caller's choice."""
+        with contextlib.suppress(ValueError):
+            image = self.transform.split(raw, "the item")[0]
+            return isinstance(image, Tensor) and tuple(image.shape) == self.transform.spec.shape
+        return False
+
+    def _check_values(self, raws: Iterable[Any]) -> None:
+        """Tell what is wrong with the range of those images that are tensors."""
+        images = [self.transform.split(raw, "the item")[0] for raw in raws if self._is_tensor(raw)]
+        if images:
+            check_values(torch.stack(images), self.transform.spec)
 
     def _read_or_skip(self, index: int, raw: Any, name: str) -> dict[str, Any] | None:
         try:
@@ -202,8 +230,12 @@ class MappedImages(_Images, Dataset[dict[str, Any]]):
         return {**augmented, "seed": torch.tensor(seed)}
 
     def check_first(self) -> None:
-        """Raise what the first image has against it."""
-        self._next_good(0)
+        """Raise what the first image has against it, and what the range of some has, if they are tensors."""
+        first = self.dataset[0]
+        if self._read_or_skip(0, first, "row 0") is None:
+            self._next_good(0)
+        if not isinstance(self.dataset, TensorDataset) and self._is_tensor(first):
+            self._check_values(self.dataset[row] for row in self._some_rows())
 
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: its length, and a digest of some of its images and of all captions.
@@ -212,9 +244,12 @@ class MappedImages(_Images, Dataset[dict[str, Any]]):
         """
         if self._changes:
             return {"rows": len(self)}
-        rows = sorted({(len(self) - 1) * part // 15 for part in range(16)})
         captions = all_captions(self.dataset, self.transform.caption_column)
-        return {"rows": len(self), "digest": _digest((self._next_good(row) for row in rows), captions)}
+        return {"rows": len(self), "digest": _digest((self._next_good(row) for row in self._some_rows()), captions)}
+
+    def _some_rows(self) -> list[int]:
+        """Up to `LOOKED_AT`, from the first to the last."""
+        return sorted({(len(self) - 1) * part // (LOOKED_AT - 1) for part in range(LOOKED_AT)})
 
     def _next_good(self, index: int) -> dict[str, Any]:
         tries = min(len(self), MOST_BAD_IN_A_ROW)
@@ -275,12 +310,15 @@ class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
         return itertools.chain(held, self.dataset)
 
     def check_first(self) -> None:
-        """Raise what the first image has against it. Nothing is lost, even of a stream that can be read only once."""
+        """Raise what the first images have against them. Nothing is lost, even of a stream that is read only once."""
         stream = iter(self.dataset)
         taken: list[Any] = []
-        first = next(self._good(taken.append(raw) or raw for raw in stream), None)  # type: ignore[func-returns-value]
-        if first is None:
+        noted = (taken.append(raw) or raw for raw in stream)  # type: ignore[func-returns-value]
+        if next(self._good(noted), None) is None:
             raise ValueError("The dataset is empty, or holds no image that can be read.")
+        if self._is_tensor(taken[-1]):
+            collections.deque(itertools.islice(noted, LOOKED_AT - 1), maxlen=0)
+            self._check_values(taken)
         if iter(self.dataset) is stream:
             self._held = taken
 

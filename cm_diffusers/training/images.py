@@ -142,7 +142,7 @@ class ImageTransform:
             `BadImage`: if its image cannot be read or is not finite.
             `ValueError`: if its image, label or caption does not fit the network.
         """
-        image, label, caption = self._split(example, name)
+        image, label, caption = self.split(example, name)
         tensor, sizes = self._image(image, _with_column(name, self.image_column))
         result: dict[str, Any] = {"images": tensor}
         needed = self.num_classes is not None or self.label_column is not None
@@ -181,7 +181,7 @@ class ImageTransform:
             result |= {"captions": captions[chosen], "sizes": sizes}
         return result
 
-    def _split(self, example: Any, name: str) -> tuple[Any, Any, Any]:
+    def split(self, example: Any, name: str) -> tuple[Any, Any, Any]:
         """The image, the label and the caption, of which the last two may be `None`."""
         if isinstance(example, Mapping):
             image_column = self.image_column or next((c for c in IMAGE_COLUMNS if c in example), None)
@@ -270,7 +270,8 @@ def _to_eight_bits(picture: Any) -> Any:
         wide = np.asarray(picture, dtype=np.float64)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError("its values lie outside the 16 bits from 0 to 65535")
-        return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
+        bytes_alone = picture.mode == "I" and wide.max() <= 255  # in 32 bits, which say nothing of their range
+        return Image.fromarray(np.rint(wide if bytes_alone else wide / 257).astype(np.uint8))
     if picture.mode == "F":
         raise ValueError("its values are floats in no known range")
     return picture
@@ -297,12 +298,19 @@ def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") 
 
     Returns:
         `Tensor` of shape `(channels, height, width)`, or larger if it is still to be cropped at random.
+
+    Raises:
+        `BadImage`: for a mode whose colours PIL does not know.
+        `ValueError`: if networks of so many channels take no pictures.
     """
     from PIL import Image
 
     if spec.channels not in PIL_MODES:
         raise ValueError(f"The image of {name} is a picture; a network of {spec.channels} channels takes tensors.")
-    picture = on_white(picture, spec.channels).convert(PIL_MODES[spec.channels])
+    try:
+        picture = on_white(picture, spec.channels).convert(PIL_MODES[spec.channels])
+    except ValueError as error:
+        raise BadImage(f"The image of {name} cannot be read: {error}") from error
     if picture.width < spec.width or picture.height < spec.height:
         _warn_of_enlarging(spec.height, spec.width)
     height, width = covering_size(picture.height, picture.width, spec)

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from cm_diffusers.training import data, images
 from cm_diffusers.training.data import load_image_dataset, prepare_dataset
-from cm_diffusers.training.images import ImageSpec, ImageTransform, check_label, picture_to_tensor
+from cm_diffusers.training.images import BadImage, ImageSpec, ImageTransform, check_label, picture_to_tensor
 
 RGB = ImageSpec(3, 8, 8)
 GREY = ImageSpec(1, 8, 8)
@@ -79,6 +79,30 @@ def test_parquet_file_and_folder_and_saved_folder_hold_the_same(tmp_path, table,
         loaded = load_image_dataset(str(tmp_path / place), streaming=streaming)
         assert hasattr(loaded, "__len__") is not streaming
         assert reds(prepare_dataset(loaded, RGB))[:3] == [0, 10, 20]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_of_saved_splits_are_read(tmp_path, table, streaming):
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table, test=table.select([7])).save_to_disk(tmp_path / "dict")
+    load = lambda place, split: load_image_dataset(str(tmp_path / place), split=split, streaming=streaming)  # noqa: E731
+    assert reds(prepare_dataset(load("saved", "train[:2]"), RGB)) == [0, 10]
+    assert reds(prepare_dataset(load("dict", "train[1:3]+test"), RGB)) == [
+        10,
+        20,
+        reds(prepare_dataset(table, RGB))[7],
+    ]
+    with pytest.raises(ValueError, match="'test'.*has the splits train"):
+        load("saved", "test")
+
+
+@pytest.mark.parametrize("options", [{"name": "small"}, {"data_files": "other.parquet"}], ids=["name", "files"])
+def test_what_is_one_by_itself_has_no_configurations_and_files(tmp_path, table, options):
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "one.parquet")
+    for place in ("saved", "one.parquet"):
+        with pytest.raises(ValueError, match="neither configurations nor `data_files`"):
+            load_image_dataset(str(tmp_path / place), **options)
 
 
 def test_data_files_choose_what_is_read(tmp_path, table):
@@ -408,6 +432,40 @@ def test_floats_of_bytes_are_refused(source):
 def test_floats_out_of_range_are_told(images, told, caplog):
     prepare_dataset(images, RGB)
     assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("kind", [list, Stream, ReadOnce])
+@pytest.mark.parametrize("form", [lambda image: image, lambda image: {"image": image}], ids=["image", "dict"])
+def test_floats_of_other_datasets_are_looked_at_too(kind, form, caplog):
+    with pytest.raises(ValueError, match="from 0 to 255; the network's lie in"):
+        prepare_dataset(kind([form(image) for image in ramp(0, 255)]), RGB)
+    prepare_dataset(kind([form(image) for image in ramp(0, 1)]), RGB)
+    assert "Is black -1?" in caplog.text
+    caplog.clear()
+    images = [form(image) for image in [*ramp(-1, 1), *ramp(-1, 1)]]
+    prepared = prepare_dataset(kind(images), RGB)
+    assert not caplog.text and len(list(prepared)) == len(images)
+
+
+def test_floats_of_formatted_tables_are_looked_at_too():
+    pixels = (ramp(0, 255)[:, :, :, :]).permute(0, 2, 3, 1).byte().numpy()
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
+    table.set_transform(
+        lambda rows: {"image": [torch.from_numpy(np.array(i)).movedim(-1, 0).float() for i in rows["image"]]}
+    )
+    with pytest.raises(ValueError, match="Scale them to that"):
+        prepare_dataset(table, RGB)
+
+
+def test_colours_that_pil_does_not_know_are_a_bad_image(caplog):
+    with pytest.raises(BadImage, match="row 0 cannot be read.*LAB"):
+        prepare_dataset([Image.new("LAB", (8, 8))], GREY)
+    prepared = prepare_dataset([Image.new("LAB", (8, 8)), picture(30, mode="L")], GREY, on_bad_image="skip")
+    assert reds(prepared) == [30, 30] and "It is skipped" in caplog.text
+
+
+def test_bytes_in_thirty_two_bits_stay_what_they_are():
+    assert reds(prepare_dataset([Image.new("I", (8, 8), 220)], GREY)) == [220]
 
 
 def test_floats_in_the_range_of_another_network_are_fine(caplog):
