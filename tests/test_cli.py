@@ -6,12 +6,14 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import torch
 from conftest import build_unet
 from PIL import Image
 from stable_diffusion import make_stable_diffusion
 
-from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
+from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.cli import main
+from cm_diffusers.commands.options import choose_device
 from cm_diffusers.commands.training import parse_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -140,6 +142,55 @@ def test_none_switches_an_option_off():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [["a cat #1"], ["a cat: sleeping"], ['"quoted" word'], ["*.parquet"], ["[ab]*.png"], ["[a"], ["a, b"],
+     ["a.tar", "b.tar"], ["[a, b]", "c"], ["none", "null"]],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["sample_prompts", "data_files", "lora_targets"])
+def test_lists_of_text_are_taken_as_they_are_written(name, texts):
+    values = parse_config("distill", [f"--{name}", *texts, "--num_levels", "9"], "cd")
+    assert values == {"method": "cd", name: texts, "num_levels": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "expected"),
+    [
+        ("data_files", ["[a, b]"], ["a", "b"]),
+        ("sample_prompts", ["None"], None),
+        ("dataset_split", ["train[:10] # all: of it"], "train[:10] # all: of it"),
+        ("sample_nfes", ["1", "2"], [1, 2]),
+        ("sample_nfes", ["1,2"], [1, 2]),
+        ("sample_nfes", ["[1, 2]"], [1, 2]),
+        ("eval_nfes", ["4"], [4]),
+        ("adam_betas", ["0", "9e-1"], [0.0, 0.9]),
+    ],
+)
+def test_other_values_are_read(name, written, expected):
+    values = parse_config("distill", [f"--{name}", *written], "cd")
+    assert getattr(ConsistencyConfig(**values), name) == expected
+
+
+def test_lists_in_a_file_are_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("data_files: a.tar  # alone\nsample_nfes: [1, 2]\nsample_prompts:\n- a cat\n")
+    values = parse_config("distill", ["--config", str(tmp_path / "c.yaml")], "cd")
+    assert values == {"method": "cd", "data_files": "a.tar", "sample_nfes": [1, 2], "sample_prompts": ["a cat"]}
+
+
+@pytest.mark.parametrize("written", ["one", "1,", "{1: 2}", "[[1]]"])
+def test_a_list_of_something_else_is_one_line(written):
+    with pytest.raises(SystemExit, match="^cm-diffusers distill: error: `sample_nfes`"):
+        main(["distill", "--sample_nfes", written])
+
+
+def test_help_shows_how_lists_are_written(capsys):
+    for command in ("distill", "precompute"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "--data_files STR [STR ...]" in text and "--data_files '[a.tar, b.tar]'" in text
+
+
 @pytest.mark.parametrize("option", ["--learning_rat=1", "--learning-rate=1"])
 def test_unknown_option_is_refused_with_the_nearest(option):
     with pytest.raises(SystemExit, match="Did you mean 'learning_rate'"):
@@ -155,6 +206,27 @@ def test_unknown_key_in_the_file_is_refused(tmp_path):
 def test_errors_are_one_line_without_a_traceback(tmp_path):
     with pytest.raises(SystemExit, match="^cm-diffusers distill: error: .*needs a `teacher`"):
         main(["distill", "--output_dir", str(tmp_path), "--tracker", "none"])
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:7", "cuda:", "cpu:1"])
+@pytest.mark.parametrize("command", ["sample", "edit denoise", "demo"])
+def test_a_device_that_is_not_there_is_one_line(command, device, tmp_path, monkeypatch):
+    ConsistencyPipeline(build_unet(), ConsistencyScheduler()).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    pictures = ["picture.png"] if command == "edit denoise" else []
+    message = f"error: `--device` must be one of cpu, cuda, cuda:0, cuda:1 on this machine, got '{device}'"
+    with pytest.raises(SystemExit, match=f"^cm-diffusers {command.split()[0]}: {message}"):
+        main([*command.split(), str(tmp_path), *pictures, "--device", device])
+
+
+def test_the_devices_of_a_machine_without_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    assert [choose_device(name) for name in (None, "cpu", "cpu:0")] == ["cpu", "cpu", "cpu:0"]
+    with pytest.raises(ValueError, match="must be one of cpu on this machine, got 'cuda'"):
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize("command", ["distill", "train", "precompute", "sample", "evaluate", "timesteps"])

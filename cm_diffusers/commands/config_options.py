@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from cm_diffusers.commands.options import Parser
+
+SYNTAX = (
+    "STR is taken as it is written, any other value as YAML. Several values are several arguments (--data_files a.tar "
+    "b.tar), or one list in YAML (--data_files '[a.tar, b.tar]'). The word none switches an option off."
+)
 
 
 def add_config_options(parser: Parser, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
@@ -21,11 +26,13 @@ def add_config_options(parser: Parser, names: Iterable[str], defaults: Mapping[s
     from cm_diffusers.training.config import ConsistencyConfig
 
     fields = {spec.name: spec for spec in dataclasses.fields(ConsistencyConfig)}
+    add = parser.add_argument_group("fields of a run's config", SYNTAX).add_argument
     for name in names:
         spec = fields[name]
         default = defaults.get(name, _default(spec))
         text = f"{spec.metadata['help']} (default: {default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=_metavar(name), help=text)
+        number = "+" if _is_list(name) else None
+        add(f"--{name}", default=argparse.SUPPRESS, nargs=number, metavar=_metavar(name), help=text)
 
 
 def parse_config_options(
@@ -41,12 +48,14 @@ def parse_config_options(
     if unknown:
         own = [name for name in vars(given) if name not in names]
         parser.error(unknown_key(unknown[0].split("=")[0].lstrip("-"), [*names, *own]))
-    values = {name: _parse_value(name, text) for name, text in vars(given).items() if name in names}
+    values = {name: _parse(name, written) for name, written in vars(given).items() if name in names}
     return values, given
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:
     value = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[operator]
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return "none" if value is None else value
 
 
@@ -58,11 +67,48 @@ def _kinds(name: str) -> list[Any]:
     return arguments if type(None) in get_args(hint) else [hint]
 
 
+def _is_list(name: str) -> bool:
+    return get_origin(_kinds(name)[0]) is list
+
+
+def _kind(name: str) -> Any:
+    """The type of the field, or of its items if it is a list."""
+    kind = _kinds(name)[0]
+    return get_args(kind)[0] if _is_list(name) else kind
+
+
 def _metavar(name: str) -> str:
-    choices = get_args(_kinds(name)[0])
+    choices = get_args(_kind(name))
     if choices and all(isinstance(choice, str) for choice in choices):
         return "{" + ",".join(choices) + "}"
-    return str(getattr(_kinds(name)[0], "__name__", "value")).upper()
+    return str(getattr(_kind(name), "__name__", "value")).upper()
+
+
+def _parse(name: str, written: str | list[str]) -> Any:
+    """The value of a field, of one argument or of a list of them."""
+    if isinstance(written, str):
+        return _parse_value(name, written)
+    if len(written) == 1:
+        if written[0].lower() in ("none", "null"):
+            return None
+        if (found := _yaml_list(written[0])) is not None:
+            return found
+    if _kind(name) is str:
+        return written
+    return [_parse_value(name, part) for text in written for part in text.split(",")]
+
+
+def _yaml_list(text: str) -> list[Any] | None:
+    """What `[...]` is in YAML; `None` for other text, such as the pattern `[ab]*.png`."""
+    import yaml
+
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return found if isinstance(found, list) else None
 
 
 def _parse_value(name: str, text: str) -> Any:
@@ -70,7 +116,7 @@ def _parse_value(name: str, text: str) -> Any:
 
     if text.lower() in ("none", "null"):
         return None if name != "tracker" else "none"
-    if _kinds(name)[0] is str or "Literal" in str(_kinds(name)[0]):
+    if _kind(name) is str or "Literal" in str(_kind(name)):
         return text
     try:
         return yaml.safe_load(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cm_diffusers.commands.options import Parser, best_device
+from cm_diffusers.commands.options import Parser, choose_device
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -26,5 +26,5 @@ def demo(arguments: Sequence[str]) -> None:
         write_space(options.space, options.model, options.teacher)
         print(f"Wrote {options.space}. Publish it with: hf upload NAME {options.space} --repo-type space")
         return
-    models = load_models(options.model, options.teacher, options.device or best_device())
+    models = load_models(options.model, options.teacher, choose_device(options.device))
     build_demo(*models).launch(server_name=options.host, server_port=options.port, share=options.share)

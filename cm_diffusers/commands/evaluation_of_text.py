@@ -55,7 +55,7 @@ def load_evaluator(options: argparse.Namespace, student: Any) -> Any:
         prompts = Prompts.from_dataset(images, name, options.num_images)
     else:
         prompts = Prompts.from_file(options.prompts_file)
-    reference = Reference.from_dataset(images, name, options.num_reference)
+    reference = Reference.from_dataset(images, name, options.num_reference, features)
     return Evaluator(features, reference, options.num_images, options.repeats, options.batch_size, prompts, clip)
 
 

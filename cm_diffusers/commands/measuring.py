@@ -73,7 +73,8 @@ def load_evaluator(options: argparse.Namespace, student: Any, repeats: int = 1) 
     from cm_diffusers.evaluation import Evaluator, Reference, load_features
 
     features = load_features(options.features, process_state().device)
-    reference = Reference.from_dataset(load_images(options, student), data_name(options), options.num_reference)
+    images, name = load_images(options, student), data_name(options)
+    reference = Reference.from_dataset(images, name, options.num_reference, features)
     return Evaluator(features, reference, options.num_images, repeats, options.batch_size)
 
 

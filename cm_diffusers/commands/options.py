@@ -58,12 +58,21 @@ def load_student(options: argparse.Namespace, load: Callable[..., Any]) -> Any:
     """`options.model` as a pipeline, by what loads it, where and as [`add_model_options`] say."""
     import torch
 
-    return load(options.model, dtype=getattr(torch, options.dtype)).to(options.device or best_device())
+    device = choose_device(options.device)
+    return load(options.model, dtype=getattr(torch, options.dtype)).to(device)
 
 
-def best_device() -> str:
-    """The accelerator, or the CPU."""
+def choose_device(name: str | None) -> str:
+    """The device that is asked for, or else the best there is: the accelerator, or the CPU.
+
+    Raises:
+        `ValueError`: if this machine has no such device; those that it has are named.
+    """
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    there = [*kinds, *(f"{kinds[-1]}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name and name not in (*there, "cpu:0"):
+        raise ValueError(f"`--device` must be one of {', '.join(there)} on this machine, got {name!r}.")
+    return name or kinds[-1]

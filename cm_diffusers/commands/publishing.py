@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cm_diffusers.commands.options import Parser
 
@@ -39,6 +40,7 @@ def export(arguments: Sequence[str]) -> None:
     from cm_diffusers.hub import export_to_diffusers, export_to_onnx
     from cm_diffusers.pipelines.loading import refuse_prompts
     from cm_diffusers.pipelines.weights import load_weights
+    from cm_diffusers.training.record import TrainingRecord
 
     refuse_prompts(options.model)
     pipeline = load_weights(ConsistencyPipeline, options.model)
@@ -46,6 +48,8 @@ def export(arguments: Sequence[str]) -> None:
         print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")
     else:
         kind = export_to_diffusers(pipeline, options.folder)
+        if record := TrainingRecord.load(Path(options.model)):
+            record.save(Path(options.folder))
         print(f"Wrote {options.folder}, which loads with diffusers.{kind.__name__}.")
         for steps in sorted(map(int, pipeline.scheduler.config.few_step_sigmas or {})):
             if (timesteps := pipeline.scheduler.stock_timesteps(steps)) is not None:

@@ -52,13 +52,44 @@ class Features:
         """Features and, if the network has them, logits, in float32.
 
         Raises:
-            `TypeError`: for images that are not uint8.
+            `TypeError`: for images that are not uint8, or a network that gives something else.
+            `ValueError`: for features without a dimension of their own.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise TypeError(f"Images must be (batch, channels, height, width) in uint8, got {images.dtype}.")
         found = self.network(images)
-        features, logits = found if isinstance(found, tuple) else (found, None)
+        features, logits = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        if not isinstance(features, Tensor) or not isinstance(logits, Tensor | None):
+            form = type(found).__name__
+            raise TypeError(f"A feature network must give features, or a pair of them and logits, got a {form}.")
+        if features.ndim < 2:
+            raise ValueError(f"Features must be of shape (batch, d), got {tuple(features.shape)}.")
         return features.flatten(1).float(), None if logits is None else logits.float()
+
+
+def check_features(features: Features, images: Tensor) -> None:
+    """Try a feature network on a few images, before anything is built on it. No random numbers are used up.
+
+    Args:
+        features ([`Features`]): to be tried.
+        images (`Tensor` of shape `(n, channels, height, width)`): in uint8, on the network's device.
+
+    Raises:
+        `ValueError`: if the network fails on them, or gives anything but a row of finite features, and of logits if it
+            has any, for each.
+    """
+    refusal = f"The features {features.name!r} do not fit images of shape {tuple(images.shape[1:])}"
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            found = features(images)
+    except Exception as error:  # a network of the user's fails in any way
+        (reason, *_) = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{refusal}: {reason}") from error
+    for name, part in zip(("features", "logits"), found, strict=True):
+        if part is not None and (part.ndim != 2 or len(part) != len(images) or not part.shape[1]):
+            raise ValueError(f"{refusal}: {len(images)} of them have {name} of shape {tuple(part.shape)}.")
+    if not found[0].isfinite().all():
+        raise ValueError(f"{refusal}: they are not finite.")
 
 
 def load_features(source: Any, device: torch.device | str = "cpu") -> Features:

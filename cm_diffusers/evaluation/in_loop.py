@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cm_diffusers.evaluation.results import write_whole
 from cm_diffusers.evaluation.sampling import Sampler, student_sampler
 from cm_diffusers.evaluation.text_sampling import text_student_sampler
 from cm_diffusers.training.config import ConsistencyConfig
-from cm_diffusers.training.record import public_name
+from cm_diffusers.training.record import TrainingRecord, public_name
 from cm_diffusers.training.runtime import on_main
 from cm_diffusers.training.samples import told_guidance
 from cm_diffusers.training.saving import save_student, workplace
@@ -52,23 +52,26 @@ class TrainingEvaluation:
         accelerator (`Accelerator`): the run's.
         text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): of a student that makes images of
             text, which are the captions of its training images, spread evenly.
+        record (`Callable`, *optional*): from the network that is saved to the
+            [`~cm_diffusers.training.record.TrainingRecord`] of the run so far, which then goes into `best/`, too.
 
     Raises:
         `ValueError`, `TypeError`: for evaluations that cannot work, or a stream that can be read only once.
     """
 
     def __init__(
-        self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator, text: TextToImage | None = None
-    ) -> None:
+        self, config: ConsistencyConfig, dataset: Any, accelerator: Accelerator, text: TextToImage | None = None,
+        record: Callable[[Any], TrainingRecord] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.output_dir)
-        self.text = text
+        self.text, self.record = text, record
         if not hasattr(dataset, "__len__") and iter(dataset.dataset) is iter(dataset.dataset):
             raise ValueError("`eval_steps` needs training images that can be read again: this stream comes only once.")
         with own_randomness(config.seed):
             features = load_features(config.eval_features, accelerator.device)
             clip = None if config.eval_clip is None else load_clip(config.eval_clip, accelerator.device)
             name, plain = public_name(config.dataset) or "training data", without_augmentation(dataset)
-            reference = Reference.from_dataset(plain, name, config.eval_num_reference)
+            reference = Reference.from_dataset(plain, name, config.eval_num_reference, features)
             prompts = None if text is None else Prompts.from_dataset(plain, name, config.eval_num_images)
         self.evaluator = Evaluator(
             features, reference, config.eval_num_images, batch_size=config.batch_size, prompts=prompts, clip=clip
@@ -120,10 +123,12 @@ class TrainingEvaluation:
             self._keep(best, entry)
 
     def _keep(self, pipeline: Any, entry: dict[str, Any]) -> None:
-        """Save the student beside `best/`, then put it there."""
+        """Save the student and what is known of it beside `best/`, then put it there."""
         with workplace(self.folder) as place:
             save_student(pipeline, place / "new")
             (place / "new" / FIGURES).write_text(json.dumps(entry, indent=2) + "\n")
+            if self.record is not None:
+                self.record(pipeline.unet).save(place / "new")
             if (self.folder / BEST).exists():
                 (self.folder / BEST).rename(place / "old")
             (place / "new").rename(self.folder / BEST)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cm_diffusers.evaluation.features import Features
+from cm_diffusers.evaluation.features import Features, check_features
 from cm_diffusers.evaluation.metrics import evenly_spread
 from cm_diffusers.evaluation.sampling import eight_bits
 from cm_diffusers.evaluation.sharing import map_shared
@@ -54,16 +54,21 @@ class Reference:
         return digest.hexdigest()[:16]
 
     @classmethod
-    def from_dataset(cls, dataset: Any, name: str, limit: int | None = None) -> Reference:
+    def from_dataset(
+        cls, dataset: Any, name: str, limit: int | None = None, features: Features | None = None
+    ) -> Reference:
         """Up to `limit` images of a prepared dataset, spread evenly over it (of a stream, the first), or all.
 
         Images that cannot be read are left out where the dataset skips them.
 
         Args:
             dataset: as [`~cm_diffusers.training.data.prepare_dataset`] makes it, cropped in the middle, not flipped.
+            features ([`~cm_diffusers.evaluation.features.Features`], *optional*): on the device of this process; tried
+                on the first two images before the others are read.
 
         Raises:
-            `ValueError`: if it is a stream, and there is no limit; if the limit is below 1; if nothing can be read.
+            `ValueError`: if it is a stream, and there is no limit; if the limit is below 1; if nothing can be read; if
+                the images do not fit the features.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"The number of reference images must be at least 1, got {limit}.")
@@ -72,10 +77,12 @@ class Reference:
         if streamed and limit is None:
             raise ValueError("A stream has no end that is known: set the number of reference images.")
         items = itertools.islice(dataset, limit) if streamed else _readable(dataset, limit or len(dataset))
-        images = [
-            eight_bits(item["images"], spec.value_range)
-            for item in tqdm(items, total=limit, desc="reading the reference", leave=False)
-        ]
+        images: list[Tensor] = []
+        with tqdm(items, total=limit, desc="reading the reference", leave=False) as bar:
+            for item in bar:
+                images.append(eight_bits(item["images"], spec.value_range))
+                if features is not None and len(images) == 2:
+                    check_features(features, torch.stack(images).to(PartialState().device))
         if not images:
             raise ValueError("None of the reference images can be read.")
         return cls(torch.stack(images), name)

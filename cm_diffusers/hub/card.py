@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from cm_diffusers.evaluation.in_loop import HISTORY
 from cm_diffusers.evaluation.results import TITLES, Protocol
 from cm_diffusers.evaluation.timestep_search import levels_text
 from cm_diffusers.hub.student import Student
@@ -31,8 +30,8 @@ CITATION = """\
 def render_card(folder: str | Path, repo_id: str) -> ModelCard:
     """The card of a student.
 
-    Reads `training.json`, `evaluation/report.json`, `evaluation.jsonl` and `samples.png` of the folder, and says
-    nothing of what is not there.
+    Reads `training.json`, `evaluation/report.json`, `evaluation.jsonl` or `evaluation.json`, and `samples.png` of the
+    folder, and says nothing of what is not there.
 
     Args:
         folder (`str` or `Path`): of the student.
@@ -200,7 +199,7 @@ def _while_it_trained(student: Student) -> str:
         step, protocol = measured[-1]["step"], Protocol(**measured[-1]["protocol"])
         return f"While it trained, at step {step:,}: {figures}. {_plain(protocol)}."
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{student.folder / HISTORY} holds no evaluation of a student: {error!r}") from error
+        raise ValueError(f"{student.measured_in} holds no evaluation of a student: {error!r}") from error
 
 
 def _figures(entry: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # What belongs to a student; checkpoints, logs and bad steps stay here.
 PUBLISHED = [
     "README.md", "model_index.json", "training.json", "samples.png", "scheduler/*", "unet/*", "evaluation/*.json",
-    "evaluation/*.md", "evaluation/*.png", "evaluation.jsonl",
+    "evaluation/*.md", "evaluation/*.png", "evaluation.jsonl", "evaluation.json",
     # Of students that make images of text.
     ADAPTERS, "vae/*", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*", "safety_checker/*",
     "feature_extractor/*", "image_encoder/*",

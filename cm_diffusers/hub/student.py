@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cm_diffusers.evaluation.digests import student_digest
-from cm_diffusers.evaluation.in_loop import HISTORY, read_history
+from cm_diffusers.evaluation.in_loop import FIGURES, HISTORY, read_history
 from cm_diffusers.evaluation.results import Report
 from cm_diffusers.network_config import height_and_width
 from cm_diffusers.pipelines.loading import ADAPTERS
+from cm_diffusers.pipelines.weights import HALF, load_weights, only_in_half
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.schedulers.origins import LCM_CLASS
 from cm_diffusers.training.record import HUB_ID, TrainingRecord
@@ -100,7 +101,18 @@ class Student:
         """Whether stock diffusers classes represent it exactly."""
         if self.takes_prompts:
             return self._stored_scheduler.get("_class_name") == LCM_CLASS
-        return self.index.get("_class_name") == "ConsistencyModelPipeline"
+        return self.index.get("_class_name") == "ConsistencyModelPipeline" or self.is_lcm_export
+
+    @property
+    def is_lcm_export(self) -> bool:
+        """Whether it is an export to diffusers' `LCMScheduler`, which stock diffusers alone loads."""
+        is_lcm = self._stored_scheduler.get("_class_name") == LCM_CLASS
+        return is_lcm and self.index.get("_class_name") == "DDPMPipeline"
+
+    @property
+    def variant(self) -> str | None:
+        """The name of its weights as diffusers has it, where there are none in full precision."""
+        return HALF if only_in_half(str(self.folder), {}) else None
 
     # What is known of it ---------------------------------------------------------------------------------------------
 
@@ -136,11 +148,17 @@ class Student:
         if self.is_adapters:
             return {name.removeprefix("unet."): value for name, value in load_file(self.folder / ADAPTERS).items()}
         kind = UNet2DConditionModel if self.takes_prompts else UNet2DModel
-        weights: Mapping[str, Tensor] = kind.from_pretrained(self.folder / "unet").state_dict()
+        weights: Mapping[str, Tensor] = load_weights(kind, str(self.folder), subfolder="unet").state_dict()
         return weights
+
+    @property
+    def measured_in(self) -> Path:
+        """Where the figures are from while it trained: those that the best student is kept with, or a run's."""
+        best = self.folder / FIGURES
+        return best if best.exists() else self.folder / HISTORY
 
     @property
     def last_measured(self) -> list[dict[str, Any]]:
         """The figures of the last evaluation while it trained; empty if there was none."""
-        history = read_history(self.folder / HISTORY)
+        history = [self._json(FIGURES)] if self.measured_in.name == FIGURES else read_history(self.measured_in)
         return [entry for entry in history if entry["step"] == history[-1]["step"]]

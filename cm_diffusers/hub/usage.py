@@ -21,6 +21,13 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+def _loading(student: Student, kind: str, *options: str) -> str:
+    """The call that loads the student, or a part of it, as a class of that name."""
+    variant = [] if student.variant is None else [f'variant="{student.variant}"']
+    arguments = ", ".join([f'"{student.repo_id}"', *options, *variant])
+    return f"{kind}.from_pretrained({arguments})"
+
+
 def _not_stock(student: Student, what: str) -> str:
     config = student.scheduler.config
     kind = f"family `{config.family}`, boundary `{config.boundary}`"
@@ -33,17 +40,19 @@ def _not_stock(student: Student, what: str) -> str:
 
 
 def _without_text(student: Student) -> list[str]:
+    if student.is_lcm_export:
+        return _exported(student)
     label = "class_labels=0, " if student.unet.get("num_class_embeds") else ""
     ours = _python(
         INSTALL, "from cm_diffusers import ConsistencyPipeline", "",
-        f'pipe = ConsistencyPipeline.from_pretrained("{student.repo_id}")',
+        f"pipe = {_loading(student, 'ConsistencyPipeline')}",
         f"image = pipe({label}num_inference_steps=1).images[0]",
         f"image = pipe({label}num_inference_steps=2).images[0]",
     )  # fmt: skip
     if student.is_stock:
         stock = _python(
             "from diffusers import DiffusionPipeline", "",
-            f'pipe = DiffusionPipeline.from_pretrained("{student.repo_id}")',
+            f"pipe = {_loading(student, 'DiffusionPipeline')}",
             f"image = pipe({label}num_inference_steps=1).images[0]",
         )  # fmt: skip
         same = "With stock diffusers, or with cm_diffusers for the same images:"
@@ -52,10 +61,24 @@ def _without_text(student: Student) -> list[str]:
     return [ours, f"{not_stock}Its network alone loads there:", _network(student, "UNet2DModel")]
 
 
+def _exported(student: Student) -> list[str]:
+    """Of a student that this package has written for stock diffusers, and does not load itself."""
+    code = _python(
+        "from diffusers import DiffusionPipeline", "", f"pipe = {_loading(student, 'DiffusionPipeline')}",
+        "image = pipe(num_inference_steps=1).images[0]",
+    )  # fmt: skip
+    most = student.scheduler.config.original_inference_steps
+    return [
+        "With stock diffusers:",
+        code,
+        f"Always pass `num_inference_steps`, at most {most}: without it `DDPMPipeline` takes 1000. This is an export: "
+        "cm_diffusers loads the student that it was made of, and not this.",
+    ]
+
+
 def _network(student: Student, kind: str) -> str:
-    return _python(
-        f"from diffusers import {kind}", "", f'unet = {kind}.from_pretrained("{student.repo_id}", subfolder="unet")'
-    )
+    loading = _loading(student, kind, 'subfolder="unet"')
+    return _python(f"from diffusers import {kind}", "", f"unet = {loading}")
 
 
 def _stored_for_stock(scheduler: ConsistencyScheduler) -> list[str]:
@@ -94,9 +117,11 @@ def _with_text(student: Student) -> list[str]:
 
 
 def _stock_pipeline(student: Student) -> str:
+    # Left to themselves, diffusers and transformers load half precision as different types.
+    imports, dtype = ([], []) if student.variant is None else (["import torch"], [f"{DTYPE}=torch.float32"])
     return _python(
-        "from diffusers import DiffusionPipeline", "",
-        f'pipe = DiffusionPipeline.from_pretrained("{student.repo_id}")', _image(student),
+        *imports, "from diffusers import DiffusionPipeline", "",
+        f"pipe = {_loading(student, 'DiffusionPipeline', *dtype)}", _image(student),
     )  # fmt: skip
 
 

@@ -377,7 +377,7 @@ class ConsistencyTrainer:
             return None
         from cm_diffusers.evaluation.in_loop import TrainingEvaluation
 
-        return TrainingEvaluation(self.config, self.dataset, self.accelerator, self.text)
+        return TrainingEvaluation(self.config, self.dataset, self.accelerator, self.text, self.record)
 
     def _resume_evaluation(self) -> None:
         """Forget what a run has measured that went on from here before."""

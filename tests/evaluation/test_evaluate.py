@@ -16,7 +16,9 @@ from torch import nn
 from cm_diffusers.cli import main
 from cm_diffusers.evaluation import Evaluator, Features, Reference, Report, Sampler, load_features
 from cm_diffusers.evaluation import features as features_module
+from cm_diffusers.evaluation import reference as reference_module
 from cm_diffusers.evaluation.classifier import DomainClassifier
+from cm_diffusers.evaluation.features import check_features
 from cm_diffusers.evaluation.neighbours import nearest
 from cm_diffusers.evaluation.plots import plot_training
 from cm_diffusers.evaluation.reference import reference_features
@@ -276,6 +278,39 @@ def test_features_take_eight_bits_only():
         load_features(Patches())(torch.zeros(1, 3, 8, 8))
 
 
+OUTPUTS = {
+    "2 of them have features of shape \\(1, 3\\)": lambda images: images[:1].float().mean((2, 3)),
+    "2 of them have features of shape \\(2, 0\\)": lambda images: images[:, :0].float(),
+    "2 of them have logits of shape \\(2,\\)": lambda images: (images.float(), images.float().mean((1, 2, 3))),
+    "pair of them and logits, got a dict": lambda images: {"features": images},
+    "pair of them and logits, got a tuple": lambda images: (images, images, images),
+    "must be of shape \\(batch, d\\), got \\(2,\\)": lambda images: images.float().mean((1, 2, 3)),
+    "not finite": lambda images: images.float().log(),
+    "ZeroDivisionError$": lambda images: exec("raise ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("message", OUTPUTS)
+def test_what_does_not_fit_the_images_is_known_from_two_of_them(message):
+    class Network(nn.Module):
+        def forward(self, images):
+            return OUTPUTS[message](images)
+
+    refusal = r"The features 'Network' do not fit images of shape \(3, 8, 8\)"
+    with pytest.raises(ValueError, match=f"^{refusal}: .*{message}"):
+        check_features(load_features(Network()), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_trying_a_network_uses_no_random_numbers_up():
+    class Noisy(nn.Module):
+        def forward(self, images):
+            return torch.rand(len(images), 3)
+
+    state = torch.get_rng_state()
+    check_features(load_features(Noisy()), REAL[:2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # Neighbours and pictures
 
 
@@ -377,6 +412,18 @@ def test_a_stream_needs_a_number(workspace):
     with pytest.raises(SystemExit, match="set the number of reference images"):
         main(["evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--streaming",
               "--features", "test_evaluate:Patches"])  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["evaluate", "timesteps"])
+def test_features_that_do_not_fit_are_one_line_before_the_reference_is_read(workspace, monkeypatch, command):
+    DomainClassifier(1, 8, 2, width=8).save(workspace / "clf1")
+    read = []
+    monkeypatch.setattr(reference_module, "eight_bits", lambda *image: read.append(image) or eight_bits(*image))
+    message = r"features 'classifier clf1' do not fit images of shape \(3, 8, 8\): .*to have 1 channels"
+    with pytest.raises(SystemExit, match=f"^cm-diffusers {command}: error: The {message}"):
+        main([command, str(workspace / "student"), "--dataset", str(workspace / "images"),
+              "--features", str(workspace / "clf1")])  # fmt: skip
+    assert len(read) == 2
 
 
 def nan_in_image_1(seeds):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import diffusers
 import numpy as np
@@ -14,9 +15,18 @@ from torch.utils.data import Dataset, IterableDataset
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyTrainer
 from cm_diffusers.evaluation import Reference
-from cm_diffusers.evaluation.in_loop import forget_after, own_randomness, read_history, without_augmentation
+from cm_diffusers.evaluation.in_loop import (
+    TrainingEvaluation,
+    forget_after,
+    own_randomness,
+    read_history,
+    without_augmentation,
+)
+from cm_diffusers.hub import render_card
+from cm_diffusers.hub.push import gather
 from cm_diffusers.training.data import prepare_dataset
 from cm_diffusers.training.images import ImageSpec
+from cm_diffusers.training.record import TrainingRecord
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 FEATURES = "test_in_loop:Corners"
@@ -25,6 +35,16 @@ FEATURES = "test_in_loop:Corners"
 class Corners(nn.Module):
     def forward(self, images):
         return images[..., :2, :2].float().flatten(1)
+
+
+class Grey(nn.Conv2d):
+    """Features of images with one channel."""
+
+    def __init__(self):
+        super().__init__(1, 2, 3)
+
+    def forward(self, images):
+        return super().forward(images.float()).mean((2, 3))
 
 
 class DarkCorners(nn.Module):
@@ -60,7 +80,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_DIFFUSERS_CACHE", str(tmp_path / "cache"))
 
 
-def make_trainer(folder, data=IMAGES, **changes):
+def make_trainer(folder, data=IMAGES, teacher=None, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {
         "distance": "pseudo_huber", "num_levels": 5, "batch_size": 8, "max_train_steps": 6, "conversion_steps": 2,
@@ -68,7 +88,8 @@ def make_trainer(folder, data=IMAGES, **changes):
         "learning_rate": 1e-2, "eval_features": FEATURES, "eval_num_images": 12, "checkpoint_steps": 4,
     }  # fmt: skip
     config = ConsistencyConfig.from_dict({**settings, **changes})
-    return ConsistencyTrainer(config, teacher=(build_unet(), diffusers.DDPMScheduler()), train_dataset=data)
+    teacher = teacher or (build_unet(), diffusers.DDPMScheduler())
+    return ConsistencyTrainer(config, teacher=teacher, train_dataset=data)
 
 
 def weights(network):
@@ -85,6 +106,8 @@ def test_evaluation_is_written_changes_nothing_and_keeps_the_best(tmp_path):
     assert all(entry["protocol"]["num_images"] == 12 for entry in history)
     best = min((entry for entry in history if entry["nfe"] == 1), key=lambda entry: entry["fid"])
     assert trainer.evaluation.best == best["fid"]
+    record = TrainingRecord.load(tmp_path / "run" / "best")
+    assert record.conversion_steps + record.steps == best["step"]
     saved = ConsistencyPipeline.from_pretrained(tmp_path / "run" / "best")
     final = ConsistencyPipeline.from_pretrained(tmp_path / "run")
     assert torch.equal(weights(saved.unet), weights(final.unet)) == (best["step"] == 8)
@@ -158,10 +181,30 @@ def test_the_best_student_is_replaced_whole(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".student-*"))
 
 
+def test_the_best_student_has_a_record_of_its_own(tmp_path):
+    teacher = tmp_path / "teacher"
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(teacher)
+    (teacher / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    trainer = make_trainer(tmp_path / "run", teacher=str(teacher), eval_steps=4)
+    trainer.step = 5
+    evaluation = TrainingEvaluation(trainer.config, trainer.dataset, trainer.accelerator, record=trainer.record)
+    evaluation(trainer.pipeline(), 5)
+    best = shutil.move(tmp_path / "run" / "best", tmp_path / "alone")
+    record = TrainingRecord.load(best)
+    assert (record.conversion_steps, record.steps, record.images) == (2, 3, 40)
+    gather(best, tmp_path)
+    card = str(render_card(tmp_path, "me/best"))
+    assert "Teacher: `teacher`, under a `DDPMScheduler`." in card and "| steps | 3 |" in card
+    assert "`cc-by-4.0`, that of its teacher" in card and "license: cc-by-4.0" in card
+    assert f"While it trained, at step 5: FID ↓ {evaluation.best:.4g}" in card
+    assert "has not been measured" not in card
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eval_features": "nonsense"}, "`features` must be"),
+        ({"eval_features": "test_in_loop:Grey"}, r"'test_in_loop:Grey' do not fit .*\(3, 8, 8\): .*to have 1 channel"),
         ({"eval_num_images": 1}, "`eval_num_images` must be at least 2"),
         ({"eval_num_reference": 1}, "`eval_num_reference` must be at least 2"),
         ({"eval_nfes": [1, 40]}, "`eval_nfes` holds 40"),

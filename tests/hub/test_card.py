@@ -182,6 +182,27 @@ def test_what_was_measured_while_it_trained_is_told(student):
         render_card(student, "me/student")
 
 
+@pytest.mark.parametrize("file", ["evaluation.jsonl", "evaluation.json"])
+def test_figures_that_are_none_are_named(student, file):
+    (student / file).write_text('{"fid": 1, "step": 3}\n')
+    with pytest.raises(ValueError, match=f"{file} holds no evaluation of a student: KeyError"):
+        render_card(student, "me/student")
+
+
+def test_an_evaluation_of_half_precision_is_shown(run, tmp_path):
+    pipeline = ConsistencyPipeline.from_pretrained(run).to(dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    images = str(run.parent / "images")
+    main(["evaluate", str(tmp_path), "--dataset", images, "--features", "test_card:Corners", "--num_images", "8",
+          "--nfes", "1", "--output_dir", str(tmp_path / "evaluation")])  # fmt: skip
+    text = str(render_card(tmp_path, "me/half"))
+    assert "| FID ↓ |" in text
+    assert 'ConsistencyPipeline.from_pretrained("me/half", variant="fp16")' in text
+    assert 'UNet2DModel.from_pretrained("me/half", subfolder="unet", variant="fp16")' in text
+    pipeline.save_pretrained(tmp_path)  # beside them, weights under the plain name
+    assert "variant" not in str(render_card(tmp_path, "me/half"))
+
+
 def test_levels_stored_for_a_stock_student_are_told(tmp_path):
     grid = ConsistencyScheduler(num_train_timesteps=18)
     grid.set_timesteps(timesteps=[12, 5, 0])

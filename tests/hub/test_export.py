@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_unet
+from test_text_students import write_record
 
 from cm_diffusers import ConsistencyPipeline, ConsistencyScheduler
 from cm_diffusers.cli import main
-from cm_diffusers.hub import export_to_diffusers, export_to_onnx
+from cm_diffusers.hub import export_to_diffusers, export_to_onnx, render_card
 from cm_diffusers.hub.student import Student
 from cm_diffusers.hub.usage import usage
 
@@ -134,8 +135,11 @@ def test_onnxruntime_draws_the_same_images(classes, flow_map, boundary, tmp_path
 
 def test_the_command_exports(tmp_path, capsys):
     student(boundary="lcm").save_pretrained(tmp_path / "student")
+    write_record(tmp_path / "student")
     main(["export", str(tmp_path / "student"), str(tmp_path / "stock")])
     assert "loads with diffusers.DDPMPipeline" in capsys.readouterr().out
+    card = str(render_card(tmp_path / "stock", "me/stock"))
+    assert "license: mit" in card and "me/sd" in card
     code = (
         "import sys\nsys.modules['cm_diffusers'] = None\nfrom diffusers import DiffusionPipeline\n"
         f"print(DiffusionPipeline.from_pretrained({str(tmp_path / 'stock')!r})(num_inference_steps=2).images[0].size)"

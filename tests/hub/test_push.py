@@ -9,6 +9,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,8 +18,9 @@ from hub_server import connected
 
 from cm_diffusers import ConsistencyConfig, ConsistencyPipeline, ConsistencyScheduler, ConsistencyTrainer
 from cm_diffusers.cli import main
-from cm_diffusers.hub import push, push_to_hub, render_card
+from cm_diffusers.hub import export_to_diffusers, push, push_to_hub, render_card
 from cm_diffusers.hub.push import PushError
+from cm_diffusers.pipelines.weights import load_weights
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -78,6 +80,57 @@ def test_a_stock_student_comes_back_without_our_classes(hub, tmp_path):
     push_to_hub(make_student(tmp_path / "student", stock=True), "me/stock")
     ours = float(load_elsewhere(OURS.format("me/stock"), endpoint, tmp_path))
     assert float(load_elsewhere(STOCK.format("me/stock"), endpoint, tmp_path)) == pytest.approx(ours, rel=1e-6)
+
+
+def snippets(card):
+    """The code of a card, with the noise of a seed, and what it draws."""
+    codes = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    seeded = [code.replace("image = pipe(", "torch.manual_seed(0)\nimage = pipe(") for code in codes]
+    return [f"import numpy, torch\n{code}print(float(numpy.asarray(image, float).sum()))" for code in seeded]
+
+
+def first_image(folder):
+    """The sum of the same image, drawn here in one step."""
+    pipe = load_weights(ConsistencyPipeline, str(folder))
+    return float(np.asarray(pipe(generator=torch.manual_seed(0)).images[0], float).sum())
+
+
+def test_an_export_comes_back_as_its_card_says(hub, tmp_path):
+    endpoint, state = hub
+    scheduler = ConsistencyScheduler.from_teacher(diffusers.DDPMScheduler(), boundary="lcm")
+    pipeline = ConsistencyPipeline(build_unet(), scheduler)
+    pipeline.save_pretrained(tmp_path / "student")
+    export_to_diffusers(pipeline, tmp_path / "stock")
+    push_to_hub(tmp_path / "stock", "me/stock")
+    card = (state.root / "me/stock/README.md").read_text()
+    assert "ConsistencyPipeline.from" not in card and "does not load" not in card
+    assert "Always pass `num_inference_steps`, at most 50:" in card
+    (code,) = snippets(card)
+    alone = "import sys\nsys.modules['cm_diffusers'] = None\n" + code
+    found = float(load_elsewhere(alone, endpoint, tmp_path / "home"))
+    assert found == pytest.approx(first_image(tmp_path / "student"), rel=1e-3)  # an epsilon times 157, in 8 bits
+
+
+def test_a_pipeline_of_a_diffusion_model_is_no_student(hub, tmp_path):
+    _, state = hub
+    diffusers.DDPMPipeline(build_unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="A student's scheduler is made by"):
+        push_to_hub(tmp_path / "teacher", "me/teacher")
+    assert state.commits == []
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_half_the_precision_comes_back_as_its_card_says(hub, tmp_path, stock):
+    endpoint, state = hub
+    pipeline = ConsistencyPipeline.from_pretrained(make_student(tmp_path / "student", stock))
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    push_to_hub(tmp_path / "half", "me/half")
+    codes = [code for code in snippets((state.root / "me/half/README.md").read_text()) if "pipe = " in code]
+    assert len(codes) == 1 + stock
+    for code in codes:
+        one_step = code.replace("num_inference_steps=2", "num_inference_steps=1")
+        found = float(load_elsewhere(one_step, endpoint, tmp_path / "home"))
+        assert found == pytest.approx(first_image(tmp_path / "half"), rel=1e-4)
 
 
 def test_pushing_twice_updates(hub, tmp_path):

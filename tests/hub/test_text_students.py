@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -99,6 +100,23 @@ def test_what_stock_schedulers_do_not_compute_is_said(tmp_path, kind):
     assert "no scheduler that computes this student (family `vp`, boundary `euler`)" in str(card)
     assert "LCMScheduler" not in str(card)
     assert ('UNet2DConditionModel.from_pretrained("me/student"' in str(card)) == (kind == "untold")
+
+
+def test_the_card_of_half_precision_runs_as_it_is(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    full, half = save_text_student(tmp_path / "full"), tmp_path / "half"
+    pipe = DiffusionPipeline.from_pretrained(full, **{DTYPE: torch.float16})
+    pipe.save_pretrained(half, variant="fp16")
+    stock, ours = snippets(render_card(half, str(half)))
+    assert f'{DTYPE}=torch.float32, variant="fp16"' in stock and "load_pipeline(" in ours
+    found = []
+    for code in (stock, ours):
+        values = {}
+        exec(code.replace("image = pipe(", "import torch\ntorch.manual_seed(0)\nimage = pipe("), values)
+        found.append(np.asarray(values["image"], float))
+    np.testing.assert_allclose(*found, atol=1)
+    assert found[0].std() > 10
 
 
 def test_the_hub_client_validates_them(hub, tmp_path):
