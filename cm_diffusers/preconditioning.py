@@ -56,6 +56,13 @@ def _double(value: Tensor) -> Tensor:
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
+def _without_zero(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar that ends in 0, with what stands for that."""
+    if 0 < alpha_bar[-2] <= SMALLEST_ALPHA_BAR:
+        return torch.cat([alpha_bar[:-1], alpha_bar[-2:-1] / 4])
+    return alpha_bar.clamp(min=SMALLEST_ALPHA_BAR)
+
+
 class Preconditioning:
     """One family of pretrained networks: its four functions of sigma, and the range in which they hold.
 
@@ -115,9 +122,9 @@ class VPPreconditioning(Preconditioning):
     @functools.cached_property
     def log_sigmas(self) -> Tensor:
         """ln sigma(t) for t = 0 ... num_train_timesteps - 1, with sigma(t) = sqrt((1 - alpha_bar) / alpha_bar)."""
-        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64, copy=True)
+        alpha_bar = self.alphas_cumprod.to("cpu", torch.float64)
         if alpha_bar[-1] <= 0:
-            alpha_bar[-1] = SMALLEST_ALPHA_BAR if alpha_bar[-2] > SMALLEST_ALPHA_BAR else alpha_bar[-2] / 4
+            alpha_bar = _without_zero(alpha_bar)
         return ((1 - alpha_bar) / alpha_bar).log() / 2
 
     @functools.cached_property

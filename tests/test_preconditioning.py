@@ -318,6 +318,12 @@ def test_every_timestep_has_a_level_of_its_own_where_the_last_stands_for_infinit
     assert (times.diff() >= 0).all()
 
 
+def test_several_zeros_of_alpha_bar_are_one_finite_level() -> None:
+    base = read_preconditioning(DDPMScheduler(trained_betas=[0.01] * 998 + [1.0, 1.0]))
+    assert base.sigma_range[1] == pytest.approx(4096, rel=1e-6)
+    assert base.c_noise(torch.tensor([1.0, 4096.0])).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("base", "sigma", "time"),
     [

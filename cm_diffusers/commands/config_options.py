@@ -95,7 +95,7 @@ def _parse(name: str, written: str | list[str]) -> Any:
             return found
     if _kind(name) is str:
         return written
-    return [_parse_value(name, part) for text in written for part in text.split(",")]
+    return [_parse_value(name, part) for text in written for part in text.split(",") if part]
 
 
 def _yaml_list(text: str) -> list[Any] | None:

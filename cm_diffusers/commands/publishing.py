@@ -47,8 +47,9 @@ def export(arguments: Sequence[str]) -> None:
     if options.format == "onnx":
         print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")
     else:
+        record = TrainingRecord.load(Path(options.model))
         kind = export_to_diffusers(pipeline, options.folder)
-        if record := TrainingRecord.load(Path(options.model)):
+        if record is not None:
             record.save(Path(options.folder))
         print(f"Wrote {options.folder}, which loads with diffusers.{kind.__name__}.")
         for steps in sorted(map(int, pipeline.scheduler.config.few_step_sigmas or {})):

@@ -226,5 +226,5 @@ def _load_weights(file: Any, name: str) -> Any:
     except Exception as error:
         # torch's own text advises to load without the check.
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for `{asked[1]}`" if asked else "it is no whole file of weights that torch.save wrote"
+        reason = f"it asks for `{asked[1]}`" if asked else "it is damaged, or holds something else"
         raise ValueError(f"{name} cannot be read as weights alone: {reason}.") from error

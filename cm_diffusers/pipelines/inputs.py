@@ -68,8 +68,8 @@ def unmasked(images: list[Tensor], masks: list[Tensor], height: int | None, widt
         return images
     images, kept = one_by_one(images), [~_as_mask(mask) for mask in one_by_one(masks)]
     count = max(len(images), len(kept))
-    pairs = zip(images * (count // len(images)), kept * (count // len(kept)), strict=False)
-    return [_resized_where(image, mask.float(), height, width) for image, mask in pairs]
+    images, kept = (several * count if len(several) == 1 else several for several in (images, kept))
+    return [_resized_where(image, mask.to(image), height, width) for image, mask in zip(images, kept, strict=True)]
 
 
 def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool = False) -> list[Tensor]:
@@ -86,7 +86,7 @@ def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool
             raise ValueError(f"`{name}` is an empty list.")
         return [tensor for one in given for tensor in to_tensors(name, one, channels, is_mask)]
     if isinstance(given, PIL.Image.Image):
-        if is_mask and "A" in given.getbands() and np.asarray(given.getchannel("A")).min() < 255:
+        if is_mask and has_alpha(given) and np.asarray(given.convert("RGBA").getchannel("A")).min() < 255:
             raise ValueError(f"`{name}` is transparent in part, which says nothing: make it black and white.")
         given = np.asarray(_in_mode(name, given, channels))
     if isinstance(given, np.ndarray):
@@ -117,7 +117,7 @@ def join(
         `ValueError`: if they differ in size and none is wanted, or in channels; for a height without a width.
     """
     if (height is None) != (width is None):
-        raise ValueError("The model's config has no `sample_size`: pass both `height` and `width`, or none.")
+        raise ValueError("Pass both `height` and `width`, or none.")
     if height is not None and width is not None:
         images = [(resize or _resized)(image, height, width) for image in images]
     shapes = {tuple(image.shape[1:]) for image in images}
@@ -156,9 +156,18 @@ def as_batch(images: Tensor, batch_size: int, name: str) -> Tensor:
     Raises:
         `ValueError`: for another number of them.
     """
+    check_number(images, batch_size, name)
+    return images.expand(batch_size, *images.shape[1:])
+
+
+def check_number(images: Sized, batch_size: int, name: str) -> None:
+    """See that there is one for all, or one for each.
+
+    Raises:
+        `ValueError`: if there is another number of them.
+    """
     if len(images) not in (1, batch_size):
         raise ValueError(f"Got {len(images)} for `{name}`, need one or {batch_size}, the number of results.")
-    return images.expand(batch_size, *images.shape[1:])
 
 
 def count_of(images: Sized, batch_size: int | None) -> int:
@@ -201,11 +210,15 @@ def _in_mode(name: str, picture: PIL.Image.Image, channels: int | None) -> PIL.I
 
 
 def on_white(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
-    """A picture with nothing to be seen through, for networks that have no fourth channel for it."""
-    is_transparent = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
-    if channels == 4 or not is_transparent:
+    """A picture with nothing to be seen through, for networks of one channel or three, which have none for it."""
+    if channels not in (1, 3) or not has_alpha(picture):
         return picture
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+
+
+def has_alpha(picture: PIL.Image.Image) -> bool:
+    """Whether a picture says how transparent it is: by a channel, or by a colour that stands for nothing."""
+    return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:

@@ -275,8 +275,8 @@ class ConsistencyPipeline(StoredPipeline):
 
     def _noisy(self, start: Tensor, noise: Tensor) -> Tensor:
         """The state of the first level around images, in the precision of `noise`: half of it holds no large sigma."""
-        sigma = self.scheduler.sigmas[0]
-        state = start.to(noise.device).float() + float(sigma) * noise.float()
+        sigma, dtype = self.scheduler.sigmas[0], torch.promote_types(noise.dtype, torch.float32)
+        state = start.to(noise.device, dtype) + float(sigma) * noise.to(dtype)
         return (state / self.scheduler.state_scale(sigma)).to(noise.dtype)
 
     @property

@@ -10,7 +10,16 @@ from diffusers.utils import replace_example_docstring
 from typing_extensions import Unpack
 
 from cm_diffusers.pipelines.editing import SamplingOptions
-from cm_diffusers.pipelines.inputs import as_batch, check_sizes, count_of, one_by_one, read_masks, to_tensors, unmasked
+from cm_diffusers.pipelines.inputs import (
+    as_batch,
+    check_number,
+    check_sizes,
+    count_of,
+    one_by_one,
+    read_masks,
+    to_tensors,
+    unmasked,
+)
 from cm_diffusers.pipelines.known import Known
 from cm_diffusers.pipelines.pipeline_consistency_restoration import ConsistencyRestorationPipeline
 
@@ -77,7 +86,9 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
         masks = to_tensors("mask_image", mask_image, 1, is_mask=True)
         check_sizes(images, masks)
         size = self.image_size(height, width)
-        count = count_of(one_by_one(images), batch_size)
+        each = one_by_one(images)
+        count = count_of(each, batch_size)
+        check_number(each, count, "image")
         unknown = as_batch(read_masks(masks, *size), count, "mask_image")
         known = Known(self.preprocess(unmasked(images, masks, *size), count, *size), ~unknown)
         return super().__call__(known, num_inference_steps, **options)

@@ -98,7 +98,8 @@ class ConsistencyInterpolationPipeline(EditingPipeline):
             ends = self.invert(images, teacher, num_inversion_steps, labels)
         elif ends is not None:
             _check_ends(ends)
-        ends = self.prepare_noise(2, height, width, device, generator, ends).float()
+        ends = self.prepare_noise(2, height, width, device, generator, ends)
+        ends = ends.to(torch.promote_types(ends.dtype, torch.float32))
         options["latents"] = slerp(ends[:1], ends[1:], torch.linspace(0, 1, num_frames, device=device))
         options["class_labels"], options["generator"] = labels, _copies(generator, num_frames, device)
         return self._sample(num_frames, height, width, num_inference_steps=num_inference_steps, **options)

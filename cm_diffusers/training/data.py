@@ -45,7 +45,7 @@ def load_image_dataset(
             json files, or written by `save_to_disk`; or one parquet, arrow or json file.
         name (`str`, *optional*): configuration of the dataset.
         split (`str`): the split, or a part of it such as `"train[:10%]"`. That of one file, and of one saved
-            `Dataset`, is `"train"`.
+            `Dataset`, is `"train"`, whatever it was called before.
         streaming (`bool`): read it as it comes.
         data_files (`str`, `list` or `dict`, *optional*): which files to read, as for `datasets.load_dataset`.
 
@@ -85,19 +85,22 @@ def _load_saved(place: Path, split: str, streaming: bool) -> Any:
     import datasets
 
     saved = datasets.load_from_disk(str(place))
-    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    wanted = datasets.ReadInstruction.from_spec(split)
-    try:
-        parts = wanted.to_absolute({name: len(rows) for name, rows in splits.items()})
-    except ValueError:
-        raise ValueError(f"it has the splits {', '.join(splits)}.") from None
-    found = [_rows(splits[part.splitname], part.from_, part.to) for part in parts]
-    dataset = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+    is_one = not isinstance(saved, datasets.DatasetDict)
+    splits = {str(saved.split or "train"): saved, "train": saved} if is_one else dict(saved)
+    dataset = splits[split] if split in splits else _part(splits, split)
+    if len(dataset) == 0:
+        raise ValueError("it is empty.")
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _rows(dataset: Any, start: int, end: int) -> Any:
-    return dataset if (start, end) == (0, len(dataset)) else dataset.select(range(start, end))
+def _part(splits: Mapping[str, Any], wanted: str) -> Any:
+    """What `datasets` calls so of several splits: `"train[:10%]"`, `"train+test"` and the like."""
+    import datasets
+
+    if missing := [name for name in re.findall(r"(?:^|\+)\s*([^[+\s]+)", wanted) if name not in splits]:
+        raise ValueError(f"it has the splits {', '.join(splits)}, and not {missing[0]}.")
+    parts = datasets.ReadInstruction.from_spec(wanted).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def prepare_dataset(

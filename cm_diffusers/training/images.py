@@ -270,8 +270,7 @@ def _to_eight_bits(picture: Any) -> Any:
         wide = np.asarray(picture, dtype=np.float64)
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError("its values lie outside the 16 bits from 0 to 65535")
-        bytes_alone = picture.mode == "I" and wide.max() <= 255  # in 32 bits, which say nothing of their range
-        return Image.fromarray(np.rint(wide if bytes_alone else wide / 257).astype(np.uint8))
+        return Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     if picture.mode == "F":
         raise ValueError("its values are floats in no known range")
     return picture

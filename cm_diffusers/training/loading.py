@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -140,7 +141,7 @@ class Batches:
     def __iter__(self) -> Generator[dict[str, Any], None, None]:
         # Of a stream, the batches since the workers' places were noted come again, and are passed over.
         first = self._done - (self._done % self._parts if self.is_stream else 0)
-        with _sigterm_left_to_workers():
+        with _sigterm_left_to_workers() if self.num_workers else contextlib.nullcontext():
             batches = iter(self._loader())
         for index, batch in enumerate(batches, first):
             place = batch.pop("place", None)
@@ -171,8 +172,9 @@ class Batches:
 
 @contextlib.contextmanager
 def _sigterm_left_to_workers() -> Iterator[None]:
-    """Workers that are started within have SIGTERM blocked from the first: it would meet the handler of the run."""
-    if not hasattr(signal, "sigwaitinfo"):
+    """Workers that are forked within have SIGTERM blocked from the first: it would meet the handler of the run."""
+    # A server that forks others would hand the block on to all of them.
+    if not hasattr(signal, "sigwaitinfo") or multiprocessing.get_start_method() != "fork":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

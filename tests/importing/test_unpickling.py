@@ -253,7 +253,7 @@ def test_pt_file_without_a_state_dict_says_what_it_holds(content: Any, found: st
 def test_something_else_than_a_pt_file_is_refused(content: bytes, tmp_path) -> None:
     """Without torch's advice to load it unsafely."""
     (tmp_path / "cd_x.pt").write_bytes(content)
-    reason = "it is no whole file of weights that torch.save wrote."
+    reason = "it is damaged, or holds something else."
     with pytest.raises(ValueError, match=f"cd_x.pt cannot be read as weights alone: {reason}$"):
         load_state_dict(tmp_path / "cd_x.pt")
 

@@ -306,6 +306,21 @@ def test_what_is_transparent_is_white(mode, channels):
     assert read_images(picture, channels).eq(1).all()
 
 
+def test_the_alpha_of_networks_that_have_it_stays():
+    assert read_images(PIL.Image.new("LA", (1, 1), (100, 50)), 2).mul(255).flatten().tolist() == pytest.approx(
+        [100, 50]
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_a_mask_in_which_a_colour_stands_for_nothing_is_refused(mode, tmp_path):
+    mask = PIL.Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 2, 2))
+    mask.convert(mode).save(tmp_path / "mask.png", transparency=0 if mode != "RGB" else (0, 0, 0))
+    with PIL.Image.open(tmp_path / "mask.png") as read, pytest.raises(ValueError, match="transparent in part"):
+        read_masks(read)
+
+
 def test_the_factor_leads_to_the_models_size():
     pipe = pipeline(ConsistencySuperResolutionPipeline)
     small = pictures(1, 2, 2)

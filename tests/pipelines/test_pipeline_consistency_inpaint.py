@@ -93,6 +93,15 @@ def test_nothing_of_what_is_masked_is_in_what_is_kept(unet, size):
     assert torch.equal(repaint(pipe, image, mask), repaint(pipe, other, mask))
 
 
+@pytest.mark.parametrize("size", [8, 16])
+def test_images_and_masks_of_other_numbers_are_refused_at_any_size(unet, size):
+    images, masks = torch.rand(2, 3, size, size), torch.ones(4, 1, size, size)
+    with pytest.raises(ValueError, match="Got 2 for `image`, need one or 4"):
+        repaint(pipeline(unet), images, masks, batch_size=4)
+    result = repaint(pipeline(unet), images[:1], masks, batch_size=4, generator=None)
+    assert len(result) == 4
+
+
 @pytest.mark.parametrize("form", ["pil", "numpy", "tensor", "list", "bool", "bool array"])
 def test_images_and_masks_come_in_every_form(unet, form):
     eight_bits = (picture() * 255).round() / 255

@@ -92,8 +92,22 @@ def test_parts_of_saved_splits_are_read(tmp_path, table, streaming):
         20,
         reds(prepare_dataset(table, RGB))[7],
     ]
-    with pytest.raises(ValueError, match="'test'.*has the splits train"):
-        load("saved", "test")
+    for wanted in ("test", "test[:2]", "train+test"):
+        with pytest.raises(ValueError, match="has the splits train, and not test"):
+            load("saved", wanted)
+    with pytest.raises(ValueError, match="is empty"):
+        load("saved", "train[:0]")
+    with pytest.raises(ValueError, match="pct1_dropremainder"):
+        load("saved", "train[:33%](pct1_dropremainder)")
+
+
+def test_saved_splits_keep_their_names(tmp_path, table):
+    datasets.DatasetDict({"my-split": table}).save_to_disk(tmp_path / "dict")
+    assert len(load_image_dataset(str(tmp_path / "dict"), split="my-split")) == len(table)
+    rows = datasets.Dataset.from_dict({"image": table["image"][:3]}, split="test")
+    rows.save_to_disk(tmp_path / "saved")
+    assert len(load_image_dataset(str(tmp_path / "saved"), split="test")) == 3
+    assert len(load_image_dataset(str(tmp_path / "saved"))) == 3
 
 
 @pytest.mark.parametrize("options", [{"name": "small"}, {"data_files": "other.parquet"}], ids=["name", "files"])
@@ -462,10 +476,6 @@ def test_colours_that_pil_does_not_know_are_a_bad_image(caplog):
         prepare_dataset([Image.new("LAB", (8, 8))], GREY)
     prepared = prepare_dataset([Image.new("LAB", (8, 8)), picture(30, mode="L")], GREY, on_bad_image="skip")
     assert reds(prepared) == [30, 30] and "It is skipped" in caplog.text
-
-
-def test_bytes_in_thirty_two_bits_stay_what_they_are():
-    assert reds(prepare_dataset([Image.new("I", (8, 8), 220)], GREY)) == [220]
 
 
 def test_floats_in_the_range_of_another_network_are_fine(caplog):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cm_diffusers.training import loading
 from cm_diffusers.training.data import prepare_dataset
 from cm_diffusers.training.images import ImageSpec
 from cm_diffusers.training.loading import Batches, EndlessSampler, first_images
@@ -223,6 +224,16 @@ def test_first_images_are_the_same_every_time():
         assert torch.equal(batches[0]["images"], batches[1]["images"])
         assert values(batches[:1]) == [0, 1, 2, 3, 4]
     assert len(first_images(prepare_dataset(numbered(3), PIXELS), 5)["images"]) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("method", "blocked"), [("fork", True), ("forkserver", False)])
+def test_only_what_is_forked_is_born_with_a_blocked_signal(method, blocked, monkeypatch):
+    """A server would hand the block on to every process that it forks afterwards."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    with loading._sigterm_left_to_workers():
+        assert (signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())) is blocked
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
