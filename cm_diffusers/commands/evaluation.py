@@ -21,7 +21,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from cm_diffusers.evaluation.artefacts import write_artefacts
     from cm_diffusers.evaluation.in_loop import HISTORY, read_history
     from cm_diffusers.pipelines.text import takes_prompts
-    from cm_diffusers.training.runtime import on_main
+    from cm_diffusers.training.runtime import disconnect, on_main
 
     state = process_state()
     student = load_student(options, options.base)
@@ -49,6 +49,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     write_artefacts(folder, report, evaluator, samplers, read_history(Path(options.model) / HISTORY))
     if state.is_main_process:
         print(f"\n{report.table()}\n\nPlots and pictures are in {folder}.")
+    disconnect(state)
 
 
 def _samplers(options: argparse.Namespace, student: Any) -> list[Any]:

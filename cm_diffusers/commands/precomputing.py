@@ -21,12 +21,15 @@ def precompute(arguments: Sequence[str]) -> None:
     values, given = parse_config_options(parser, arguments, FIELDS)
     from cm_diffusers.training import ConsistencyConfig
     from cm_diffusers.training.precompute import precompute
+    from cm_diffusers.training.runtime import disconnect
 
     named = {name: getattr(given, name) for name in ("teacher", "dataset", "output_dir")}
     folder = precompute(ConsistencyConfig(**{**DEFAULTS, **values, **named}), cache_dtype=given.cache_dtype)
-    if process_state().is_main_process:
+    state = process_state()
+    if state.is_main_process:
         train = f"cm-diffusers distill --teacher {given.teacher} --dataset {folder}"
         print(f"Cache saved to {folder}. Train on it with: {train}")
+    disconnect(state)
 
 
 def _parser() -> Parser:

@@ -17,7 +17,7 @@ def timesteps(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     from cm_diffusers.evaluation.timestep_search import levels_text, search_levels, store_levels
     from cm_diffusers.pipelines.loading import refuse_prompts
-    from cm_diffusers.training.runtime import on_main
+    from cm_diffusers.training.runtime import disconnect, on_main
 
     state, folder = process_state(), Path(options.model)
     if not options.dry_run:
@@ -38,6 +38,7 @@ def timesteps(arguments: Sequence[str]) -> None:
             on_main(state, functools.partial(store_levels, folder, {steps: levels.sigmas}))
     if state.is_main_process:
         print(f"\n{_table(found)}\n\n{_outcome(folder, found, options.dry_run)}")
+    disconnect(state)
 
 
 def _parser() -> Parser:

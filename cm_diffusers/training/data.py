@@ -235,7 +235,7 @@ class MappedImages(_Images, Dataset[dict[str, Any]]):
     def check_first(self) -> None:
         """Raise what the first image has against it, and what the range of some has, if they are tensors."""
         first = self.dataset[0]
-        if self._read_or_skip(0, first, "row 0") is None:
+        if self._take_in(0, first) is None:
             self._next_good(0)
         if not isinstance(self.dataset, TensorDataset) and self._is_tensor(first):
             self._check_values(self.dataset[row] for row in self._some_rows())
@@ -264,7 +264,10 @@ class MappedImages(_Images, Dataset[dict[str, Any]]):
     def _read(self, row: int) -> dict[str, Any] | None:
         if self._cache is not None and row in self._cache:
             return self._cache[row]
-        item = None if row in self._bad else self._read_or_skip(row, self.dataset[row], f"row {row}")
+        return None if row in self._bad else self._take_in(row, self.dataset[row])
+
+    def _take_in(self, row: int, raw: Any) -> dict[str, Any] | None:
+        item = self._read_or_skip(row, raw, f"row {row}")
         if self._cache is not None and item is not None:
             self._cache[row] = item
         return item

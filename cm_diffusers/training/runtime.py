@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -88,6 +88,17 @@ def end_training(accelerator: Accelerator, student: nn.Module) -> None:
         for holder in ("reducer", "logger", "process_group"):
             setattr(student, holder, None)
     accelerator.end_training()
+    _outlast_connections()
+
+
+def disconnect(processes: PartialState) -> None:
+    """Close the connections of processes without a training, for the reason that [`end_training`] gives."""
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+    _outlast_connections()
+
+
+def _outlast_connections() -> None:
     deadline = time.monotonic() + 1.0
     while any("gloo" in name for name in thread_names()) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -434,6 +434,8 @@ def nan_in_image_1(seeds):
 if __name__ == "__main__":
     from accelerate import PartialState
 
+    from cm_diffusers.training.runtime import disconnect
+
     state, folder = PartialState(cpu=True), Path(sys.argv[1])
     (folder / "file").touch()
     own = str(folder / f"cache-{state.process_index}")  # as on hosts of their own: only the main one finds something
@@ -446,4 +448,4 @@ if __name__ == "__main__":
         evaluator(reference=Reference(REAL[state.process_index :], "other")).measure(sampler())
     with pytest.raises(FloatingPointError, match="not finite"):
         evaluator().measure(Sampler("student", "test", 1, nan_in_image_1))
-    state.destroy_process_group()
+    disconnect(state)
