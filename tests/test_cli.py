@@ -161,6 +161,7 @@ def test_lists_of_text_are_taken_as_they_are_written(name, texts):
         ("dataset_split", ["train[:10] # all: of it"], "train[:10] # all: of it"),
         ("sample_nfes", ["1", "2"], [1, 2]),
         ("sample_nfes", ["1,2"], [1, 2]),
+        ("sample_nfes", ["1,", "2"], [1, 2]),
         ("sample_nfes", ["[1, 2]"], [1, 2]),
         ("eval_nfes", ["4"], [4]),
         ("adam_betas", ["0", "9e-1"], [0.0, 0.9]),
@@ -177,7 +178,7 @@ def test_lists_in_a_file_are_yaml(tmp_path):
     assert values == {"method": "cd", "data_files": "a.tar", "sample_nfes": [1, 2], "sample_prompts": ["a cat"]}
 
 
-@pytest.mark.parametrize("written", ["one", "1,", "{1: 2}", "[[1]]"])
+@pytest.mark.parametrize("written", ["one", "{1: 2}", "[[1]]"])
 def test_a_list_of_something_else_is_one_line(written):
     with pytest.raises(SystemExit, match="^cm-diffusers distill: error: `sample_nfes`"):
         main(["distill", "--sample_nfes", written])
