@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 from cm_diffusers.commands.options import Parser
 
+NOTHING = ("none", "null")
 SYNTAX = (
     "STR is taken as it is written, any other value as YAML. Several values are several arguments (--data_files a.tar "
     "b.tar), or one list in YAML (--data_files '[a.tar, b.tar]'). The word none switches an option off."
@@ -89,7 +90,7 @@ def _parse(name: str, written: str | list[str]) -> Any:
     if isinstance(written, str):
         return _parse_value(name, written)
     if len(written) == 1:
-        if written[0].lower() in ("none", "null"):
+        if written[0].lower() in NOTHING:
             return None
         if (found := _yaml_list(written[0])) is not None:
             return found
@@ -114,7 +115,7 @@ def _yaml_list(text: str) -> list[Any] | None:
 def _parse_value(name: str, text: str) -> Any:
     import yaml
 
-    if text.lower() in ("none", "null"):
+    if text.lower() in NOTHING:
         return None if name != "tracker" else "none"
     if _kind(name) is str or "Literal" in str(_kind(name)):
         return text

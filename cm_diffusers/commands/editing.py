@@ -149,11 +149,11 @@ def _beside(picture: Any, results: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    from cm_diffusers.pipelines.inputs import on_white
+    from cm_diffusers.pipelines.inputs import MODES, to_mode
 
     height, width, channels = results.shape[1:]
-    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
-    resized = on_white(picture, channels).convert(mode).resize((width, height), Image.Resampling.NEAREST)
+    shown = to_mode(picture, channels if channels in MODES else 3)
+    resized = shown.resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(resized, dtype=np.float32).reshape(height, width, -1) / 255
 
 

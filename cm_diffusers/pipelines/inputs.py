@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -61,15 +61,13 @@ def unmasked(images: list[Tensor], masks: list[Tensor], height: int | None, widt
     """Images that are resized from the pixels that their masks leave: what is kept has nothing of what is repainted.
 
     Args:
-        images, masks (`list[Tensor]`): as [`to_tensors`] gives them, of one size each; one for all, or one for each.
+        images, masks (`list[Tensor]`): each by itself, of one size in pairs; one for all, or one for each.
         height, width (`int`, *optional*): what they are resized to; as they are when `None`.
     """
     if height is None or width is None:
         return images
-    images, kept = one_by_one(images), [~_as_mask(mask) for mask in one_by_one(masks)]
-    count = max(len(images), len(kept))
-    images, kept = (several * count if len(several) == 1 else several for several in (images, kept))
-    return [_resized_where(image, mask.to(image), height, width) for image, mask in zip(images, kept, strict=True)]
+    pairs = _pairs(images, [~_as_mask(mask) for mask in masks])
+    return [_resized_where(image, kept.to(image), height, width) for image, kept in pairs]
 
 
 def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool = False) -> list[Tensor]:
@@ -86,7 +84,7 @@ def to_tensors(name: str, given: Any, channels: int | None = None, is_mask: bool
             raise ValueError(f"`{name}` is an empty list.")
         return [tensor for one in given for tensor in to_tensors(name, one, channels, is_mask)]
     if isinstance(given, PIL.Image.Image):
-        if is_mask and has_alpha(given) and np.asarray(given.convert("RGBA").getchannel("A")).min() < 255:
+        if is_mask and _has_alpha(given) and np.asarray(given.convert("RGBA").getchannel("A")).min() < 255:
             raise ValueError(f"`{name}` is transparent in part, which says nothing: make it black and white.")
         given = np.asarray(_in_mode(name, given, channels))
     if isinstance(given, np.ndarray):
@@ -135,16 +133,13 @@ def check_sizes(images: list[Tensor], masks: list[Tensor]) -> None:
     """See that each mask has the size of its image.
 
     Args:
-        images, masks (`list[Tensor]`): as [`to_tensors`] gives them.
+        images, masks (`list[Tensor]`): each by itself.
 
     Raises:
         `ValueError`: if one has not.
     """
-    sizes, mask_sizes = _sizes_of(images), _sizes_of(masks)
-    count = max(len(sizes), len(mask_sizes))
-    pairs = zip(sizes * (count // len(sizes)), mask_sizes * (count // len(mask_sizes)), strict=False)
-    for one, other in pairs:
-        if one != other:
+    for image, mask in _pairs(images, masks):
+        if (one := image.shape[-2:]) != (other := mask.shape[-2:]):
             raise ValueError(
                 f"`image` and `mask_image` must have one size, got {one[0]} x {one[1]} and {other[0]} x {other[1]}."
             )
@@ -206,17 +201,17 @@ def _in_mode(name: str, picture: PIL.Image.Image, channels: int | None) -> PIL.I
         raise ValueError(f"`{name}` is a picture of mode {picture.mode!r}: pass it as an array with values in [0, 1].")
     if channels is None:
         channels = 1 if picture.mode in ("1", "L", "LA") else 3
-    return on_white(picture, channels).convert(MODES.get(channels, picture.mode))
+    return to_mode(picture, channels)
 
 
-def on_white(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
-    """A picture with nothing to be seen through, for networks of one channel or three, which have none for it."""
-    if channels not in (1, 3) or not has_alpha(picture):
-        return picture
-    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+def to_mode(picture: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """A picture in the mode of networks of so many channels; on white for those that have none for transparency."""
+    if channels in (1, 3) and _has_alpha(picture):
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert(MODES.get(channels, picture.mode))
 
 
-def has_alpha(picture: PIL.Image.Image) -> bool:
+def _has_alpha(picture: PIL.Image.Image) -> bool:
     """Whether a picture says how transparent it is: by a channel, or by a colour that stands for nothing."""
     return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
 
@@ -224,9 +219,7 @@ def has_alpha(picture: PIL.Image.Image) -> bool:
 def _resized(images: Tensor, height: int, width: int) -> Tensor:
     if images.shape[-2:] == (height, width):
         return images
-    low, high = (
-        bound((1, 2, 3), keepdim=True) for bound in (images.amin, images.amax)
-    )  # which cubic kernels overshoot
+    low, high = (bound((1, 2, 3), keepdim=True) for bound in (images.amin, images.amax))  # cubic kernels overshoot
     return _bicubic(images, height, width).clamp(low, high)
 
 
@@ -263,6 +256,7 @@ def _check_range(name: str, images: Tensor) -> None:
         raise ValueError(f"`{name}` must have values in [0, 1], got [{low:g}, {high:g}].")
 
 
-def _sizes_of(images: list[Tensor]) -> list[tuple[int, int]]:
-    """Height and width of each image."""
-    return [(part.shape[-2], part.shape[-1]) for part in images for _ in part]
+def _pairs(images: list[Tensor], masks: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Each image with its mask, of which one may be for all."""
+    count = max(len(images), len(masks))
+    return zip(images * (count // len(images)), masks * (count // len(masks)), strict=False)

@@ -245,9 +245,18 @@ class ConsistencyPipeline(StoredPipeline):
         default_height, default_width = (size, size) if isinstance(size, int) or size is None else size
         return height or default_height, width or default_width
 
-    def prepare_latents(self, *arguments: Any, **options: Any) -> Tensor:
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
         """The first state: [`~ConsistencyPipeline.prepare_noise`] times `init_noise_sigma`."""
-        return self.prepare_noise(*arguments, **options) * self.scheduler.init_noise_sigma
+        noise = self.prepare_noise(batch_size, height, width, device, generator, latents)
+        return noise * self.scheduler.init_noise_sigma
 
     def prepare_noise(
         self,

@@ -82,13 +82,12 @@ class ConsistencyInpaintPipeline(ConsistencyRestorationPipeline):
         Raises:
             `ValueError`: for inputs whose shape, range or combination the model cannot take.
         """
-        images = to_tensors("image", image, self.unet.config.in_channels)
-        masks = to_tensors("mask_image", mask_image, 1, is_mask=True)
+        images = one_by_one(to_tensors("image", image, self.unet.config.in_channels))
+        masks = one_by_one(to_tensors("mask_image", mask_image, 1, is_mask=True))
         check_sizes(images, masks)
         size = self.image_size(height, width)
-        each = one_by_one(images)
-        count = count_of(each, batch_size)
-        check_number(each, count, "image")
+        count = count_of(images, batch_size)
+        check_number(images, count, "image")
         unknown = as_batch(read_masks(masks, *size), count, "mask_image")
         known = Known(self.preprocess(unmasked(images, masks, *size), count, *size), ~unknown)
         return super().__call__(known, num_inference_steps, **options)

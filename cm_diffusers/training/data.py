@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -72,25 +71,22 @@ def load_image_dataset(
     else:
         taken_as = "a dataset of the Hub, as no file or folder has this name"
     try:
-        dataset = _load_saved(place, split, streaming) if saved else datasets.load_dataset(path, **options)
+        dataset = _load_saved(place, split) if saved else datasets.load_dataset(path, **options)
     except Exception as error:  # datasets raises some thirty kinds
         message = f"Cannot load the split {split!r} of the dataset {str(place)!r} ({taken_as}): {error}"
         raise ValueError(message) from error
-    if not streaming and len(dataset) == 0:
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"The split {split!r} of the dataset {str(place)!r} is empty.")
-    return dataset
+    return dataset.to_iterable_dataset() if saved and streaming else dataset
 
 
-def _load_saved(place: Path, split: str, streaming: bool) -> Any:
+def _load_saved(place: Path, split: str) -> Any:
     import datasets
 
     saved = datasets.load_from_disk(str(place))
     is_one = not isinstance(saved, datasets.DatasetDict)
     splits = {str(saved.split or "train"): saved, "train": saved} if is_one else dict(saved)
-    dataset = splits[split] if split in splits else _part(splits, split)
-    if len(dataset) == 0:
-        raise ValueError("it is empty.")
-    return dataset.to_iterable_dataset() if streaming else dataset
+    return splits[split] if split in splits else _part(splits, split)
 
 
 def _part(splits: Mapping[str, Any], wanted: str) -> Any:
@@ -181,16 +177,17 @@ class _Images:
         """The large tensors of an item, with their shapes."""
         return {"images": self.transform.spec.shape}
 
-    def _is_tensor(self, raw: Any) -> bool:
-        """Whether an item's image is a tensor that fits, whose range of values is the caller's choice."""
+    def _tensor_of(self, raw: Any) -> Tensor | None:
+        """An item's image, if it is a tensor that fits: its range of values is the caller's choice."""
         with contextlib.suppress(ValueError):
             image = self.transform.split(raw, "the item")[0]
-            return isinstance(image, Tensor) and tuple(image.shape) == self.transform.spec.shape
-        return False
+            if isinstance(image, Tensor) and tuple(image.shape) == self.transform.spec.shape:
+                return image
+        return None
 
     def _check_values(self, raws: Iterable[Any]) -> None:
         """Tell what is wrong with the range of those images that are tensors."""
-        images = [self.transform.split(raw, "the item")[0] for raw in raws if self._is_tensor(raw)]
+        images = [image for raw in raws if (image := self._tensor_of(raw)) is not None]
         if images:
             check_values(torch.stack(images), self.transform.spec)
 
@@ -237,8 +234,8 @@ class MappedImages(_Images, Dataset[dict[str, Any]]):
         first = self.dataset[0]
         if self._take_in(0, first) is None:
             self._next_good(0)
-        if not isinstance(self.dataset, TensorDataset) and self._is_tensor(first):
-            self._check_values(self.dataset[row] for row in self._some_rows())
+        if not isinstance(self.dataset, TensorDataset) and self._tensor_of(first) is not None:
+            self._check_values([first, *(self.dataset[row] for row in self._some_rows()[1:])])
 
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: its length, and a digest of some of its images and of all captions.
@@ -319,11 +316,11 @@ class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
         """Raise what the first images have against them. Nothing is lost, even of a stream that is read only once."""
         stream = iter(self.dataset)
         taken: list[Any] = []
-        noted = (taken.append(raw) or raw for raw in stream)  # type: ignore[func-returns-value]
-        if next(self._good(noted), None) is None:
+        first = next(self._good(taken.append(raw) or raw for raw in stream), None)  # type: ignore[func-returns-value]
+        if first is None:
             raise ValueError("The dataset is empty, or holds no image that can be read.")
-        if self._is_tensor(taken[-1]):
-            collections.deque(itertools.islice(noted, LOOKED_AT - 1), maxlen=0)
+        if self._tensor_of(taken[-1]) is not None:
+            taken.extend(itertools.islice(stream, LOOKED_AT - 1))
             self._check_values(taken)
         if iter(self.dataset) is stream:
             self._held = taken

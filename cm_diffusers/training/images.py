@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_diffusers.pipelines.inputs import on_white
+from cm_diffusers.pipelines.inputs import MODES, to_mode
 from cm_diffusers.training.captions import find_caption_column, read_captions
 
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("images", "image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("class_labels", "label", "labels")
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -304,10 +303,10 @@ def picture_to_tensor(picture: Any, spec: ImageSpec, name: str = "the picture") 
     """
     from PIL import Image
 
-    if spec.channels not in PIL_MODES:
+    if spec.channels not in MODES:
         raise ValueError(f"The image of {name} is a picture; a network of {spec.channels} channels takes tensors.")
     try:
-        picture = on_white(picture, spec.channels).convert(PIL_MODES[spec.channels])
+        picture = to_mode(picture, spec.channels)
     except ValueError as error:
         raise BadImage(f"The image of {name} cannot be read: {error}") from error
     if picture.width < spec.width or picture.height < spec.height:

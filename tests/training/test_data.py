@@ -462,7 +462,7 @@ def test_floats_of_other_datasets_are_looked_at_too(kind, form, caplog):
 
 
 def test_floats_of_formatted_tables_are_looked_at_too():
-    pixels = (ramp(0, 255)[:, :, :, :]).permute(0, 2, 3, 1).byte().numpy()
+    pixels = ramp(0, 255).permute(0, 2, 3, 1).byte().numpy()
     table = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
     table.set_transform(
         lambda rows: {"image": [torch.from_numpy(np.array(i)).movedim(-1, 0).float() for i in rows["image"]]}
