@@ -25,6 +25,13 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 LFS_SUFFIXES = (".safetensors", ".png", ".onnx")
 
 
+def commit_of(revision: str | None) -> str:
+    """The commit of a branch, or of a commit."""
+    if revision in (None, "main"):
+        return REVISION
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else hashlib.sha1(revision.encode()).hexdigest()
+
+
 @dataclass
 class State:
     """What a hub knows, and what it is to do wrong.
@@ -93,11 +100,14 @@ class Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self.describe(match[1], match[2], match[3], body)
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self.send_file(self.folder(match[1], match[2]) / match[3], body)
+            self.send_file(self.folder(match[1], match[2]), match[3], commit_of(match[2]), body)
         else:
             self.error(404, "EntryNotFound")
 
     def folder(self, repo: str, revision: str | None) -> Path:
+        for place in self.state.root.glob(f"{repo}@*"):
+            if revision == commit_of(place.name.partition("@")[2]):
+                return place
         branch = "" if revision in (None, "main", REVISION) else f"@{revision}"
         return self.state.root / f"{repo}{branch}"
 
@@ -113,16 +123,18 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in zip(names, sizes, strict=True)
             ]
         else:
-            content = {"id": repo, "sha": REVISION, "siblings": [{"rfilename": n} for n in names], "tags": [],
+            siblings = [{"rfilename": name} for name in names]
+            content = {"id": repo, "sha": commit_of(revision), "siblings": siblings, "tags": [],
                        "private": repo in self.state.private}  # fmt: skip
         self.send_json(content, body)
 
-    def send_file(self, path: Path, body: bool) -> None:
+    def send_file(self, folder: Path, name: str, commit: str, body: bool) -> None:
+        path = folder / name
         if not path.is_file():
             return self.error(404, "EntryNotFound")
         data = path.read_bytes()
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        self.send(data, body, {"ETag": etag, "X-Repo-Commit": REVISION})
+        self.send(data, body, {"ETag": etag, "X-Repo-Commit": commit})
 
     # Pushes
 

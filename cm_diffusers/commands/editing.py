@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, load_student
+from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, add_student, load_student
 from cm_diffusers.commands.sampling import save_image
 
 # The pipeline of each edit, and what it does.
@@ -46,8 +46,8 @@ def edit(arguments: Sequence[str]) -> None:
 
 def _parser_of(kind: str) -> Parser:
     parser = Parser(f"edit {kind}", EDITS[kind][1])
+    add_student(parser)
     add = parser.add_argument
-    add("model", metavar="PATH", help="folder or Hub id of the student")
     steps = {"img2img": 2, "denoise": 1, "interpolate": 1}.get(kind, 8)
     if kind == "interpolate":
         add("--images", nargs=2, metavar="FILE", help="the pictures to go from and to; noise when left out")
@@ -128,7 +128,7 @@ def _pipeline(kind: str, options: argparse.Namespace) -> Any:
     from cm_diffusers.pipelines.loading import refuse_prompts
     from cm_diffusers.pipelines.weights import load_weights
 
-    refuse_prompts(options.model)
+    refuse_prompts(options.model, options.revision)
     return load_student(options, functools.partial(load_weights, getattr(cm_diffusers, EDITS[kind][0])))
 
 

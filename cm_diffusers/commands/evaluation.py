@@ -30,8 +30,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         samplers = of_text.make_samplers(options, student, evaluator.prompts.texts)
     else:
         of_text.refuse_options(options)
+        samplers = _samplers(options, student)  # first, as what cannot be drawn is refused before images are read
         evaluator = load_evaluator(options, student, options.repeats)
-        samplers = _samplers(options, student)
     folder = Path(options.output_dir)
     file = folder / "report.json"
 

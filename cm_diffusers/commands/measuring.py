@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from cm_diffusers.commands.options import Parser
+from cm_diffusers.commands.options import Parser, add_student
 
 
 def measuring_parser(command: str) -> Parser:
@@ -17,7 +17,7 @@ def measuring_parser(command: str) -> Parser:
     """
     parser = Parser(command)
     some, several = at_least(1), at_least(2)
-    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    add_student(parser)
     parser.add_argument("--dataset", required=True, help="the images to resemble: Hub id, folder or file")
     parser.add_argument("--dataset_name", help="configuration of the dataset")
     parser.add_argument("--dataset_split", default="train", help="split of the dataset (default: train)")
@@ -63,7 +63,7 @@ def load_student(options: argparse.Namespace, base: str | None = None) -> Any:
     """
     from cm_diffusers import load_pipeline
 
-    student = load_pipeline(options.model, base).to(process_state().device)
+    student = load_pipeline(options.model, base, options.revision).to(process_state().device)
     student.set_progress_bar_config(disable=True)
     return student
 

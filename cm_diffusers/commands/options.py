@@ -48,6 +48,12 @@ def add_guidance(parser: Parser, of_text: bool = False) -> None:
     )  # fmt: skip
 
 
+def add_student(parser: Parser) -> None:
+    """The student, and which of its revisions."""
+    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    parser.add_argument("--revision", help="its branch, tag or commit on the Hub")
+
+
 def add_model_options(parser: Parser) -> None:
     """How a student computes."""
     parser.add_argument("--device", help="cpu, cuda, mps ...; by default the best there is")
@@ -55,11 +61,11 @@ def add_model_options(parser: Parser) -> None:
 
 
 def load_student(options: argparse.Namespace, load: Callable[..., Any]) -> Any:
-    """`options.model` as a pipeline, by what loads it, where and as [`add_model_options`] say."""
+    """The student of [`add_student`] as a pipeline, by what loads it, where and as [`add_model_options`] say."""
     import torch
 
     device = choose_device(options.device)
-    return load(options.model, dtype=getattr(torch, options.dtype)).to(device)
+    return load(options.model, revision=options.revision, dtype=getattr(torch, options.dtype)).to(device)
 
 
 def choose_device(name: str | None) -> str:

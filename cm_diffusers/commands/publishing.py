@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cm_diffusers.commands.options import Parser
+from cm_diffusers.commands.options import Parser, add_student
 
 
 def push(arguments: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def push(arguments: Sequence[str]) -> None:
 def export(arguments: Sequence[str]) -> None:
     """`cm-diffusers export`: a stock pipeline, or an ONNX model of one step."""
     parser = Parser("export")
-    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    add_student(parser)
     parser.add_argument("folder", metavar="FOLDER", help="where the export goes")
     parser.add_argument("--format", choices=("diffusers", "onnx"), default="diffusers", help="(default: diffusers)")
     options = parser.parse_args(arguments)
@@ -42,8 +42,8 @@ def export(arguments: Sequence[str]) -> None:
     from cm_diffusers.pipelines.weights import load_weights
     from cm_diffusers.training.record import TrainingRecord
 
-    refuse_prompts(options.model)
-    pipeline = load_weights(ConsistencyPipeline, options.model)
+    refuse_prompts(options.model, options.revision)
+    pipeline = load_weights(ConsistencyPipeline, options.model, revision=options.revision)
     if options.format == "onnx":
         print(f"Wrote {export_to_onnx(pipeline, options.folder)}: noise of unit variance in, images in [0, 1] out.")
     else:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, load_student
+from cm_diffusers.commands.options import Parser, add_guidance, add_model_options, add_student, load_student
 
 
 def sample(arguments: Sequence[str]) -> None:
     """`cm-diffusers sample`: images from a student, one PNG each and one grid of all."""
     parser = Parser("sample")
-    parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
+    add_student(parser)
     parser.add_argument(
         "--prompts", nargs="+", metavar="TEXT",
         help="texts, for students that make images of them; image i is made of prompt i mod n",
@@ -59,7 +59,7 @@ def _draw_classes(options: argparse.Namespace) -> Any:
     from cm_diffusers.pipelines.weights import load_weights
     from cm_diffusers.training.randomness import generators
 
-    refuse_prompts(options.model)
+    refuse_prompts(options.model, options.revision)
     pipeline = load_student(options, functools.partial(load_weights, ConsistencyPipeline))
     labels = options.class_labels
     if labels is not None and len(labels) not in (1, options.num_images):

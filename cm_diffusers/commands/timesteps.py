@@ -22,7 +22,7 @@ def timesteps(arguments: Sequence[str]) -> None:
     state, folder = process_state(), Path(options.model)
     if not options.dry_run:
         on_main(state, functools.partial(_check_storable, folder))
-    refuse_prompts(folder)
+    refuse_prompts(folder, options.revision)
     student = load_student(options)
     for steps in options.nfes:
         student.scheduler.levels_for(steps)  # what its grid does not have is refused before the images are read

@@ -408,6 +408,17 @@ def test_the_teacher_is_the_one_that_is_named(workspace, monkeypatch):
         ])  # fmt: skip
 
 
+def test_what_a_teacher_cannot_draw_is_refused_before_the_reference_is_read(workspace, monkeypatch):
+    read = []
+    monkeypatch.setattr(reference_module, "eight_bits", lambda *image: read.append(image) or eight_bits(*image))
+    with pytest.raises(SystemExit, match="an odd number of evaluations of at least 1, got 4"):
+        main([
+            "evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--nfes", "1",
+            "--features", "test_evaluate:Patches", "--teacher", str(workspace / "teacher"), "--teacher_nfes", "4",
+        ])  # fmt: skip
+    assert read == []
+
+
 def test_a_stream_needs_a_number(workspace):
     with pytest.raises(SystemExit, match="set the number of reference images"):
         main(["evaluate", str(workspace / "student"), "--dataset", str(workspace / "images"), "--streaming",

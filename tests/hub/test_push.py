@@ -32,10 +32,11 @@ def hub(tmp_path, monkeypatch):
         yield found
 
 
-def make_student(folder, stock=False):
+def make_student(folder, stock=False, seed=0):
     teacher = diffusers.EDMEulerScheduler() if stock else diffusers.DDPMScheduler(prediction_type="v_prediction")
     family = {"family": "consistency"} if stock else {}
-    ConsistencyPipeline(build_unet(), ConsistencyScheduler.from_teacher(teacher, **family)).save_pretrained(folder)
+    scheduler = ConsistencyScheduler.from_teacher(teacher, **family)
+    ConsistencyPipeline(build_unet(seed), scheduler).save_pretrained(folder)
     return folder
 
 
@@ -73,6 +74,38 @@ def test_a_student_comes_back_with_our_classes(hub, tmp_path):
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = float(here(latents=noise, output_type="pt").images.double().sum())
     assert float(load_elsewhere(OURS.format("me/student"), endpoint, tmp_path)) == pytest.approx(expected, rel=1e-6)
+
+
+COMMANDS = """
+from PIL import Image
+from cm_diffusers.cli import main
+from cm_diffusers.evaluation.classifier import DomainClassifier
+[Image.new("RGB", (8, 8), (50 * i, 9, 9)).save(f"{place}/{i}.png") for i in range(4)]
+DomainClassifier(3, 8, 2, width=8).save(place + "/classifier")
+main(["sample", student, *pinned, "--num_images", "1", "--output_dir", place + "/samples"])
+main(["edit", "denoise", student, *pinned, place + "/0.png", "--output_dir", place + "/edits"])
+main(["export", student, *pinned, place + "/export"])
+main(["evaluate", student, *pinned, "--dataset", place, "--data_files", "*.png", "--nfes", "1", "--num_images", "2",
+      "--features", place + "/classifier", "--output_dir", place + "/evaluation"])
+"""
+
+
+def test_commands_take_the_revision_that_is_named(hub, tmp_path):
+    endpoint, _ = hub
+    folders = [make_student(tmp_path / name, stock=True, seed=seed) for seed, name in enumerate(("old", "new"))]
+    push_to_hub(folders[0], "me/student")
+    push_to_hub(folders[1], "me/student", revision="v2")
+
+    def run(name, student, *pinned):
+        place = tmp_path / name
+        place.mkdir()
+        begin = f"place, student, pinned = {str(place)!r}, {str(student)!r}, {list(pinned)}"
+        load_elsewhere(begin + COMMANDS, endpoint, tmp_path / "home")
+        (figure,) = json.loads((place / "evaluation" / "report.json").read_text())
+        files = ("samples/00000.png", "edits/0-00.png", "export/unet/diffusion_pytorch_model.safetensors")
+        return [figure["weights"], *((place / file).read_bytes() for file in files)]
+
+    assert run("here", folders[1]) == run("there", "me/student", "--revision", "v2") != run("main", "me/student")
 
 
 def test_a_stock_student_comes_back_without_our_classes(hub, tmp_path):
