@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ def examine(config: ConsistencyConfig, teacher: Any = None, train_dataset: Any =
     found = examine_machine()
     disk = _nearest_folder(config.output_dir)
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"output_dir": folder, "tracker": "none", "resume": None, "sample_steps": 0, "checkpoint_steps": 0}
-        config = ConsistencyConfig.from_dict({**config.to_dict(), **quiet})
+        name = config.hub_repository if config.push_to_hub else config.hub_model_id
+        config = replace(config, output_dir=folder, tracker="none", resume=None, hub_model_id=name)
         source = config.teacher if teacher is None else teacher
         if source is not None:
             loaded = load_teacher_of(config, source)

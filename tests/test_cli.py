@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -114,18 +115,18 @@ def test_precompute_then_distill(tmp_path, capsys):
         for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)):
             Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
             captions.write(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}) + "\n")
-    teacher, cache = ["--teacher", str(tmp_path / "sd")], ["--output_dir", str(tmp_path / "cache")]
-    precompute = ["precompute", *teacher, "--dataset", str(tmp_path / "images"), *cache]
+    teacher, cache = ["--teacher", str(tmp_path / "sd")], ["--output_dir", str(tmp_path / "a cache")]
+    precompute = ["precompute", *teacher, "--dataset", str(tmp_path / "images"), *cache, "--resolution", "32"]
     main([*precompute, "--random_flip", "yes", "--seed=1", "--cache_dtype", "float16"])
-    assert f"--dataset {tmp_path / 'cache'}" in capsys.readouterr().out
+    program, *train = shlex.split(capsys.readouterr().out.partition("Train on it with: ")[2])
+    assert program == "cm-diffusers"
     with pytest.raises(SystemExit, match="precompute: error: The cache .* made from something else: .*seed was 1"):
         main([*precompute, "--random_flip", "yes", "--cache_dtype", "float16"])
     with pytest.raises(SystemExit, match="Unknown option 'sead'. Did you mean 'seed'"):
         main([*precompute, "--sead", "1"])
     main(
-        ["distill", *teacher, "--dataset", str(tmp_path / "cache"), "--method", "lcm", "--lora_rank", "2",
-         "--batch_size", "2", "--max_train_steps", "1", "--teacher_check", "no", "--tracker", "none",
-         "--output_dir", str(tmp_path / "out")]
+        [*train, "--method", "lcm", "--lora_rank", "2", "--batch_size", "2", "--max_train_steps", "1",
+         "--teacher_check", "no", "--tracker", "none", "--output_dir", str(tmp_path / "out")]
     )  # fmt: skip
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 

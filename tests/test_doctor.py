@@ -56,6 +56,18 @@ def test_a_run_that_will_go_well(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_of_steps_that_the_trainer_refuses(tmp_path):
+    with pytest.raises(ValueError, match="`sample_nfes` holds 60"):
+        examine(tmp_path, sample_nfes=[60])
+
+
+def test_the_repository_is_the_runs_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cm_diffusers.hub.publisher.check_access", lambda *access: asked.append(access))
+    examine(tmp_path, push_to_hub=True, hub_token="hf_mine")
+    assert asked == [("out", "hf_mine")]
+
+
 @pytest.mark.parametrize("long", [0.0, 1.0])
 def test_waiting_long_for_images_is_told(tmp_path, monkeypatch, long):
     monkeypatch.setattr(doctor, "LONG_WAIT", long)

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_guidance(parser: Parser, of_text: bool = False) -> None:
     """The student's guidance scale: 1 by default, or `None` where images of text are made, too."""
-    told = "; 8.5 of text, where it is told the scale" if of_text else ""
+    told = "; of text, where it is told the scale, the middle of those of its training" if of_text else ""
     parser.add_argument(
         "--guidance_scale", type=float, default=None if of_text else 1.0,
         help=f"the student's guidance (default: 1, off{told})",

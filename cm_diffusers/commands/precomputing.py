@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from cm_diffusers.commands.config_options import add_config_options, parse_config_options
@@ -27,7 +28,9 @@ def precompute(arguments: Sequence[str]) -> None:
     folder = precompute(ConsistencyConfig(**{**DEFAULTS, **values, **named}), cache_dtype=given.cache_dtype)
     state = process_state()
     if state.is_main_process:
-        train = f"cm-diffusers distill --teacher {given.teacher} --dataset {folder}"
+        options = [("teacher", given.teacher), ("dataset", folder)]
+        options += [(name, values[name]) for name in ("teacher_revision", "resolution") if name in values]
+        train = " ".join(["cm-diffusers distill", *(f"--{name} {shlex.quote(str(value))}" for name, value in options)])
         print(f"Cache saved to {folder}. Train on it with: {train}")
     disconnect(state)
 

@@ -30,7 +30,7 @@ from cm_diffusers.evaluation.text_sampling import text_student_sampler
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.record import TrainingRecord, public_name
 from cm_diffusers.training.runtime import on_main
-from cm_diffusers.training.samples import told_guidance
+from cm_diffusers.training.samples import run_guidance
 from cm_diffusers.training.saving import save_student, workplace
 from cm_diffusers.training.text_to_image import TextToImage
 
@@ -114,7 +114,7 @@ class TrainingEvaluation:
         prompts = self.evaluator.prompts
         if self.text is None or prompts is None:
             return student_sampler(pipeline, nfe)
-        return text_student_sampler(self.text.on_device(pipeline), nfe, prompts.texts, told_guidance(self.config))
+        return text_student_sampler(self.text.on_device(pipeline), nfe, prompts.texts, run_guidance(self.config))
 
     def _write(self, entry: dict[str, Any], best: Any) -> None:
         with (self.folder / HISTORY).open("a") as file:

@@ -22,8 +22,8 @@ def text_student_sampler(
             [`load_pipeline`] gives it.
         nfe (`int`): steps.
         prompts (`Sequence[str]`): the image of seed i is made of prompt i mod n.
-        guidance_scale (`float`, *optional*): that the network is told, 8.5 by default; of a network that is told
-            none, it doubles the evaluations, and is off (1) by default.
+        guidance_scale (`float`, *optional*): that the network is told, by default the middle of those that it was
+            trained on, or 8.5; of a network that is told none, it doubles the evaluations, and is off (1) by default.
 
     Raises:
         `TypeError`, `ValueError`: for an `nfe` that the student's grid does not have, a guidance scale below 1, or

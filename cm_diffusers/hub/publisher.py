@@ -24,7 +24,7 @@ class Publisher:
 
     def __init__(self, config: ConsistencyConfig) -> None:
         self.config, self.folder = config, Path(config.output_dir)
-        self.repo_id = config.hub_model_id or self.folder.resolve().name
+        self.repo_id = config.hub_repository
         self._pool = ThreadPoolExecutor(1)
         self._under_way: Future[None] | None = None
 

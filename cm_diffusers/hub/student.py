@@ -79,6 +79,8 @@ class Student:
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width in pixels, as far as the folder says."""
+        if self.is_adapters and self.record is not None and self.record.resolution is not None:
+            return self.record.resolution, self.record.resolution
         size = self.unet.get("sample_size")
         if size is None:
             return None

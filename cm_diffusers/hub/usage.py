@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cm_diffusers.hub.student import Student
-from cm_diffusers.pipelines.text import TOLD_GUIDANCE_SCALE
+from cm_diffusers.pipelines.text import told_guidance
 from cm_diffusers.pipelines.weights import DTYPE
 from cm_diffusers.schedulers import ConsistencyScheduler
 
@@ -131,11 +131,14 @@ def _stock_adapters(student: Student, base: str) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{base}", {DTYPE}=torch.float32)',
         f'pipe.load_lora_weights("{student.repo_id}")',
         f'pipe.scheduler = LCMScheduler.from_pretrained("{student.repo_id}", subfolder="scheduler")',
-        _image(student),
+        _image(student, at_size=True),
     )  # fmt: skip
 
 
-def _image(student: Student) -> str:
+def _image(student: Student, at_size: bool = False) -> str:
+    """The call that draws; `at_size` says the size, where a pipeline has another of its own."""
     steps = min(STEPS, student.scheduler.grid_length)
-    guidance = TOLD_GUIDANCE_SCALE if student.is_told_guidance else 1.0
-    return f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={guidance}).images[0]'
+    choices = {} if student.record is None else student.record.choices
+    guidance = told_guidance(choices) if student.is_told_guidance else 1.0
+    size = f", height={student.image_size[0]}, width={student.image_size[1]}" if at_size and student.image_size else ""
+    return f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={guidance}{size}).images[0]'

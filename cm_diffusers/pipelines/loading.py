@@ -12,11 +12,13 @@ from diffusers import DiffusionPipeline
 
 from cm_diffusers.pipelines.pipeline_consistency import ConsistencyPipeline
 from cm_diffusers.pipelines.stored import download_options
+from cm_diffusers.pipelines.text import told_guidance
 from cm_diffusers.pipelines.weights import HALF, load_weights
 from cm_diffusers.schedulers import ConsistencyScheduler
 
 LCM_STEPS = 50  # of the grid that LCM-LoRA was trained on
 ADAPTERS = "pytorch_lora_weights.safetensors"  # the file that diffusers keeps them in
+RECORD = "training.json"  # what a run says of itself
 PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -51,12 +53,14 @@ def load_pipeline(path: str | Path, base: Any = None, revision: str | None = Non
         raise ValueError(f"`base` is for adapters, and {place!r} holds a whole pipeline.")
     if "text_encoder" not in index:
         return load_weights(ConsistencyPipeline, place, revision=revision, **options)
-    patterns = [f"*/{part}" for part in PARTS] + ["model_index.json"]
+    patterns = [f"*/{part}" for part in PARTS] + ["model_index.json", RECORD]
     folder = _fetch(place, patterns, hub, options.get("variant"))
     if not list(Path(folder).glob("*/*.safetensors")):
         folder = _fetch(place, patterns, hub, HALF)
     scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
-    return load_weights(DiffusionPipeline, folder, scheduler=scheduler, **options)
+    pipeline = load_weights(DiffusionPipeline, folder, scheduler=scheduler, **options)
+    pipeline.told_guidance_scale = told_guidance(_record(Path(folder)).get("choices", {}))
+    return pipeline
 
 
 def refuse_prompts(path: str | os.PathLike, revision: str | None = None) -> None:
@@ -104,11 +108,14 @@ def _load_adapters(place: str, base: Any, hub: Mapping[str, Any], options: dict[
         raise ValueError(f"There is no pipeline, and there are no adapters, at {place!r}: {error}") from error
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"There is no pipeline, and there are no adapters, in {place!r}.")
-    base = base or _teacher_of(folder)
+    record = _record(folder)
+    base = base or _teacher_of(record)
     if base is None:
         raise ValueError(f"{place!r} holds adapters: pass `base`, the pipeline that they belong to.")
     pipeline = load_weights(DiffusionPipeline, str(base), **options) if isinstance(base, str | Path) else base
     pipeline.load_lora_weights(folder)
+    if resolution := record.get("resolution"):
+        _draw_at(pipeline, resolution)
     if (folder / "scheduler").is_dir():
         pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder, subfolder="scheduler")
     else:
@@ -118,9 +125,22 @@ def _load_adapters(place: str, base: Any, hub: Mapping[str, Any], options: dict[
     return pipeline
 
 
-def _teacher_of(folder: Path) -> str | None:
+def _draw_at(pipeline: Any, resolution: int) -> None:
+    """Let a pipeline's images have so many pixels, in height and in width, unless others are asked for."""
+    size = resolution // pipeline.vae_scale_factor
+    pipeline.unet.register_to_config(sample_size=size)
+    if hasattr(pipeline, "default_sample_size"):  # SDXL's, read from the config when the pipeline is made
+        pipeline.default_sample_size = size
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What a student's folder says of its training; empty if nothing."""
+    file = folder / RECORD
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _teacher_of(record: Mapping[str, Any]) -> str | None:
     """The Hub id of the teacher that a student's record names."""
-    record = folder / "training.json"
-    teacher = json.loads(record.read_text()).get("teacher") if record.exists() else None
-    name = teacher and teacher.get("name")
+    name = (record.get("teacher") or {}).get("name")
     return name if name and "/" in name else None

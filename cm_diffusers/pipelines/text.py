@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from cm_diffusers.networks import send
 
 TOLD_GUIDANCE_SCALE = 8.5  # as diffusers' LatentConsistencyModelPipeline has it
+# Parts of which drawing knows nothing: the first are asked before it, and the others not at all.
+ASIDE = ("text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -31,16 +33,29 @@ def overflows_in_half(pipeline: Any) -> bool:
 
 
 def resolve_guidance(pipeline: Any, guidance_scale: float | None) -> float:
-    """The guidance scale that was asked for; otherwise 8.5 for a network that is told it, and 1, which is off.
+    """The guidance scale that was asked for; otherwise that of [`told_guidance`] for a network that is told it.
+
+    For others it is 1, which is off. What is told without a record of its training, published models for instance,
+    is 8.5.
 
     Raises:
         `ValueError`: if it is below 1, which stock pipelines take for 1.
     """
     if guidance_scale is None:
-        return TOLD_GUIDANCE_SCALE if is_told_guidance(pipeline) else 1.0
+        return getattr(pipeline, "told_guidance_scale", TOLD_GUIDANCE_SCALE) if is_told_guidance(pipeline) else 1.0
     if not guidance_scale >= 1:
         raise ValueError(f"`guidance_scale` must be at least 1 (off) for images of text, got {guidance_scale}.")
     return float(guidance_scale)
+
+
+def told_guidance(choices: Mapping[str, Any]) -> float:
+    """The scale that a network is told unless another is asked for: the middle of those that it was trained on.
+
+    Args:
+        choices (`Mapping`): fields of its run's config; 8.5 without `w_min` and `w_max`.
+    """
+    low, high = choices.get("w_min"), choices.get("w_max")
+    return TOLD_GUIDANCE_SCALE if low is None or high is None else 1 + (low + high) / 2
 
 
 def asks_twice(pipeline: Any, guidance_scale: float) -> bool:
@@ -72,17 +87,19 @@ def draw_prompts(
     Returns:
         `Tensor` of shape `(batch, channels, height, width)`: in [0, 1].
     """
+    weight = pipeline.unet.conv_in.weight
     embeddings = pipeline.encode_prompt(
-        prompt=list(prompts), device=pipeline.device, num_images_per_prompt=1,
+        prompt=list(prompts), device=weight.device, num_images_per_prompt=1,
         do_classifier_free_guidance=asks_twice(pipeline, guidance_scale),
     )  # fmt: skip
-    dtype = pipeline.unet.conv_in.weight.dtype
-    told = {name: value.to(dtype) for name, value in zip(EMBEDDINGS, embeddings, strict=False) if value is not None}
-    without_encoders = copy.copy(pipeline)  # stock pipelines return to the precision of a text encoder that is there
-    for name in ("text_encoder", "text_encoder_2"):
+    given = zip(EMBEDDINGS, embeddings, strict=False)
+    told = {name: value.to(weight.dtype) for name, value in given if value is not None}
+    # Stock pipelines go by the precision of a text encoder that is there, and by the device of any part.
+    network = copy.copy(pipeline)
+    for name in ASIDE:
         if hasattr(pipeline, name):
-            setattr(without_encoders, name, None)
-    latents = without_encoders(
+            setattr(network, name, None)
+    latents = network(
         **told, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, generator=list(generator),
         output_type="latent",
     ).images  # fmt: skip

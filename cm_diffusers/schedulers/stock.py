@@ -64,6 +64,7 @@ def lcm_scheduler(config: Mapping[str, Any], preconditioning: Preconditioning) -
         **{name: config[name] for name in BETA_FIELDS.split()}, original_inference_steps=steps,
         prediction_type=config["prediction_type"] or "epsilon", timestep_scaling=config["timestep_scaling"],
         clip_sample=config["clip_denoised"], clip_sample_range=config["image_range"][1],
+        steps_offset=1,  # which it does not use, and without which Stable Diffusion's pipeline warns
     )  # fmt: skip
 
 

@@ -263,6 +263,11 @@ class ConsistencyConfig:
         hub = (spec for spec in dataclasses.fields(self) if spec.name.startswith("hub_"))
         return [spec.name for spec in hub if getattr(self, spec.name) != spec.default]
 
+    @property
+    def hub_repository(self) -> str:
+        """The name that the student has on the Hub."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them, without the token."""
         return {**dataclasses.asdict(self), "hub_token": None}

@@ -279,8 +279,16 @@ class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The images in the order they come, cropped and flipped alike every time."""
-        for index, item in self._good(self._raw()):
-            yield self.transform.augment(item, torch.Generator().manual_seed(index))
+        return self._augmented(self._raw())
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """Up to so many images, as iterating gives them. Before it, nothing is lost of a stream that is read once."""
+        held, taken = self._held, list[Any]()
+        stream = itertools.chain(held, self.dataset)
+        images = self._augmented(taken.append(raw) or raw for raw in stream)  # type: ignore[func-returns-value]
+        items = list(itertools.islice(images, count))
+        self._held = taken + held[len(taken) :] if held else []
+        return items
 
     def shards_of_a_rank(self, world_size: int) -> int | None:
         """How many workers of one process have something to read; `None` if this is not a dataset of `datasets`."""
@@ -307,6 +315,10 @@ class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
                 self.dataset.set_epoch(epoch)
             stream = itertools.islice(self._raw(), rank, None, world_size)
         return self._good(stream, start)
+
+    def _augmented(self, stream: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        for index, item in self._good(stream):
+            yield self.transform.augment(item, torch.Generator().manual_seed(index))
 
     def _raw(self) -> Iterable[Any]:
         held, self._held = self._held, []

@@ -203,7 +203,7 @@ def _end_when_told_by(run: int) -> None:
 def first_images(dataset: Any, count: int) -> dict[str, Any]:
     """Up to `count` items, the first, as one batch with seeds: cropped and flipped alike every time."""
     if isinstance(dataset, StreamedImages):
-        items = [{**item, "seed": torch.tensor(i)} for i, item in enumerate(itertools.islice(dataset, count))]
+        items = [{**item, "seed": torch.tensor(i)} for i, item in enumerate(dataset.first(count))]
     else:
         items = [dataset[row, row] for row in range(min(count, len(dataset)))]
     batch: dict[str, Any] = default_collate(items)

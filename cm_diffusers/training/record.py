@@ -20,13 +20,15 @@ import torch
 from accelerate import Accelerator
 
 from cm_diffusers import __version__
+from cm_diffusers.pipelines.loading import RECORD
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.runtime import precision
 from cm_diffusers.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-RECORD, SAMPLES = "training.json", "samples.png"
+SAMPLES = "samples.png"
+BESIDE = (RECORD, SAMPLES)  # a student, and made when it is saved
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CHOICES = (
     "levels num_levels s0 s1 stages mapping_base level_distribution p_mean p_std source solver target mu mu_schedule "
@@ -55,6 +57,7 @@ class TrainingRecord:
         teacher (`dict`, *optional*): its `name`, `scheduler` and `license`.
         dataset (`dict`): its `name` and identity.
         seed (`int`): the run's.
+        resolution (`int`, *optional*): height and width of the images in pixels, where the run was asked for one.
         versions (`dict[str, str]`): of the packages that matter.
         date (`str`): of the end.
     """
@@ -74,6 +77,7 @@ class TrainingRecord:
     teacher: dict[str, Any] | None
     dataset: dict[str, Any]
     seed: int
+    resolution: int | None = None
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
@@ -93,6 +97,7 @@ class TrainingRecord:
         return cls(
             method=config.method, choices=_values(config, CHOICES), optimisation=_values(config, OPTIMISATION),
             hardware=hardware_name(device), processes=count, precision=precision(accelerator), seed=config.seed,
+            resolution=config.resolution,
             parameters=sum(weight.numel() for weight in student.parameters()),
             teacher=None if teacher is None else describe_teacher(teacher),
             dataset={"name": public_name(config.dataset), **dataset_identity}, **progress,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.pipelines.text import draw_prompts, prompts_in_turn
+from cm_diffusers.pipelines.text import draw_prompts, prompts_in_turn, told_guidance
 from cm_diffusers.training.config import ConsistencyConfig
 from cm_diffusers.training.loading import first_images
 from cm_diffusers.training.randomness import generators, labels_in_turn
@@ -19,19 +19,25 @@ from cm_diffusers.training.text_to_image import TextToImage
 Draw = Callable[[Sequence[int], int], np.ndarray]
 
 
-def drawing(pipeline: Any, config: ConsistencyConfig, text: TextToImage | None, dataset: Any) -> Draw:
+def prompts_to_draw(config: ConsistencyConfig, dataset: Any) -> Sequence[str]:
+    """The config's prompts, or else the first captions of its dataset: those of a stream, only before training."""
+    if config.sample_prompts:
+        return config.sample_prompts
+    captions: Sequence[str] = first_images(dataset, min(config.num_samples, 64)).get("captions", [""])
+    return captions
+
+
+def drawing(pipeline: Any, config: ConsistencyConfig, text: TextToImage | None, prompts: Sequence[str]) -> Draw:
     """How a run draws from its student's pipeline: all classes in turn, or prompts.
 
     Args:
-        text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): of a student that takes prompts. They
-            are the config's, or the first captions of the `dataset`.
+        text ([`~cm_diffusers.training.text_to_image.TextToImage`], *optional*): of a student that takes prompts.
+        prompts (`Sequence[str]`): that it is given.
     """
     pipeline.set_progress_bar_config(disable=True)
     if text is None:
         return functools.partial(_draw_classes, pipeline)
-    count = min(config.num_samples, 64)
-    prompts = config.sample_prompts or first_images(dataset, count).get("captions", [""])
-    return functools.partial(_draw_prompts, text.on_device(pipeline), prompts, told_guidance(config))
+    return functools.partial(_draw_prompts, text.on_device(pipeline), prompts, run_guidance(config))
 
 
 def _draw_classes(pipeline: ConsistencyPipeline, seeds: Sequence[int], nfe: int) -> np.ndarray:
@@ -49,6 +55,6 @@ def _draw_prompts(
     return array
 
 
-def told_guidance(config: ConsistencyConfig) -> float:
-    """The guidance scale that a run's student is told: the middle of those of its training; 1 if it is told none."""
-    return 1.0 if config.w_min is None or config.w_max is None else 1 + (config.w_min + config.w_max) / 2
+def run_guidance(config: ConsistencyConfig) -> float:
+    """The guidance scale that a run's student is told; 1 if it is told none."""
+    return 1.0 if config.w_min is None else told_guidance(vars(config))

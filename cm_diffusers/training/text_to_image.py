@@ -62,7 +62,7 @@ class TextToImage:
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put copies of the encoders where the run is. A VAE that half precision would overflow stays in float32."""
         wide = torch.float32 if overflows_in_half(self.pipeline) else dtype
-        copies = _copies(self.pipeline, device, dtype, vae_dtype=wide)
+        copies = _copies(_encoders_of(self.pipeline), device, dtype, vae_dtype=wide)
         self._encoders, self._empty = self._with(copies), {}
         for module in copies.values():
             module.eval().requires_grad_(False)
@@ -79,9 +79,11 @@ class TextToImage:
         self.pipeline.unet = teacher
 
     def ready(self, student: Any) -> Any:
-        """A student's pipeline with copies of the encoders where its network is, and in its precision."""
+        """A student's pipeline with copies of all other parts where its network is, and in its precision."""
         weight = student.unet.conv_in.weight
-        copies = _copies(self.pipeline, weight.device, weight.dtype, vae_dtype=weight.dtype)
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        others = {name: part for name, part in parts.items() if name != "unet"}
+        copies = _copies(others, weight.device, weight.dtype, vae_dtype=weight.dtype)
         return self._with({"unet": student.unet, "scheduler": student.scheduler, **copies})
 
     @property
@@ -193,9 +195,11 @@ def _encoders_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: module for name in ENCODERS if (module := getattr(pipeline, name, None)) is not None}
 
 
-def _copies(pipeline: Any, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Copies of a pipeline's encoders, moved as modules of torch, as diffusers' own way warns of what it moves."""
+def _copies(
+    modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Copies of a pipeline's parts, moved as modules of torch, as diffusers' own way warns of what it moves."""
     return {
         name: nn.Module.to(copy_in(module, vae_dtype if name == "vae" else dtype), device)
-        for name, module in _encoders_of(pipeline).items()
+        for name, module in modules.items()
     }

@@ -38,7 +38,7 @@ from cm_diffusers.training.preparation import (
     with_learning_rates,
 )
 from cm_diffusers.training.randomness import SampleRandom
-from cm_diffusers.training.record import RECORD, SAMPLES, TrainingRecord
+from cm_diffusers.training.record import BESIDE, SAMPLES, TrainingRecord
 from cm_diffusers.training.resuming import Memory
 from cm_diffusers.training.runtime import (
     check_writable,
@@ -50,7 +50,7 @@ from cm_diffusers.training.runtime import (
     precision,
     settle,
 )
-from cm_diffusers.training.samples import drawing
+from cm_diffusers.training.samples import drawing, prompts_to_draw
 from cm_diffusers.training.sharding import is_sharded, shard_like_student
 from cm_diffusers.training.stepping import Stepper
 from cm_diffusers.training.teacher import TeacherReport, check_teacher, identify_teacher, takes_text
@@ -102,11 +102,13 @@ class ConsistencyTrainer:
         check_steps(config, self.scheduler)
         self.dataset = prepare_data(config, train_dataset, unet, self.scheduler, self.accelerator, self.text)
         self.dataset_identity = identify(self.dataset)
+        self.prompts = [] if self.text is None else prompts_to_draw(config, self.dataset)
         set_seed(config.seed, device_specific=True)
 
         self.inputs = make_inputs(config, self.teacher, unet, self.dataset)
         self._prepare_networks(unet)
-        self.phases = self._make_phases()
+        ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
+        self.phases = self._make_phases(ends)
         self.batches = Batches(
             self.dataset, config.batch_size, config.seed, config.num_workers, self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -119,7 +121,6 @@ class ConsistencyTrainer:
         self.step, self._seconds_before, self._started = 0, 0.0, time.monotonic()
         self.evaluation = self._prepare_evaluation()
         self.watch = Watch(self.accelerator, self.output_dir / "bad-steps", config.max_bad_steps)
-        ends = (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
         self.meter = Meter(self.accelerator, self.global_batch_size, ends)
         self.stepper = Stepper(
             config, self.accelerator, self.student, self.optimizer, self.companions, self.meter, self.inputs
@@ -152,15 +153,14 @@ class ConsistencyTrainer:
         for average in self.averages.networks().values():
             shard_like_student(self.accelerator, average)
 
-    def _make_phases(self) -> list[Phase]:
+    def _make_phases(self, ends: tuple[float, float]) -> list[Phase]:
         """The phases, with what is trained in them beside the student."""
-        config, ends = self.config, (self.scheduler.config.sigma_min, self.scheduler.config.sigma_max)
-        self.companions = make_companions(config, self.teacher, ends, self.accelerator)
+        self.companions = make_companions(self.config, self.teacher, ends, self.accelerator)
         beside = {name: companion.module for name, companion in self.companions.items()}
         # Neither compiled graphs nor hooks that gather weights pass derivatives on.
-        forward_mode = not (config.compile or is_sharded(self.accelerator))
+        forward_mode = not (self.config.compile or is_sharded(self.accelerator))
         networks = Networks(self.student, **self.averages.asked(), **beside, forward_mode=forward_mode)
-        return make_phases(config, self.teacher, self.scheduler, networks, self.accelerator.device)
+        return make_phases(self.config, self.teacher, self.scheduler, networks, self.accelerator.device)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class ConsistencyTrainer:
                 values["mu"] = self.averages.mu_at(done - 1)
             self.meter.log(phase.name, step, values, bar)
         if config.sample_steps and (step % config.sample_steps == 0 or last):
-            draw = drawing(self.pipeline(), config, self.text, self.dataset)
+            draw = drawing(self.pipeline(), config, self.text, self.prompts)
             log_samples(self.accelerator, draw, config, step, self.output_dir / "samples")
             self.meter.restart_clock()
         if config.eval_steps and (step % config.eval_steps == 0 or last) and phase.is_method:
@@ -305,11 +305,11 @@ class ConsistencyTrainer:
     def save(self, pipeline: Any) -> None:
         """Save the student, then what is told of it."""
         saving.save_into(pipeline, self.output_dir)
-        for old in (RECORD, SAMPLES):
+        for old in BESIDE:
             (self.output_dir / old).unlink(missing_ok=True)
         try:
             self.record(pipeline.unet).save(self.output_dir)
-            draw = drawing(pipeline, self.config, self.text, self.dataset)
+            draw = drawing(pipeline, self.config, self.text, self.prompts)
             save_samples(draw, self.config, self.output_dir / SAMPLES)
         except Exception:  # whatever it is, the student is safe and matters more
             logger.warning("The student is saved, but without its record or samples:", exc_info=True)

@@ -50,6 +50,16 @@ def test_a_safety_checker_is_not_asked():
     assert draw_prompts(pipe, PROMPTS, 1, 8.5, generators([0, 1])).std() > 0
 
 
+@pytest.mark.parametrize("xl", [False, True])
+def test_what_is_not_asked_may_be_on_another_device(xl):
+    pipe = make_text_student("full", xl)
+    expected = draw_prompts(pipe, PROMPTS, 1, 8.5, generators([0, 1]))
+    pipe.image_encoder = torch.nn.Linear(1, 1, device="meta")
+    if not xl:
+        pipe.safety_checker = pipe.image_encoder
+    assert torch.equal(draw_prompts(pipe, PROMPTS, 1, 8.5, generators([0, 1])), expected)
+
+
 def test_latents_with_a_mean_are_decoded_around_it():
     pipe = make_sdxl()
     pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 1.1, 1.2, 1.3])

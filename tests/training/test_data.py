@@ -426,6 +426,16 @@ class ReadOnce(Stream):
         return self.stream
 
 
+@pytest.mark.parametrize("count", [3, 20])
+def test_the_first_of_what_can_be_read_once_are_not_lost(count):
+    """Fewer than are looked at when it is prepared, and more."""
+    images = torch.rand(24, 3, 8, 8) * 2 - 1
+    stream = prepare_dataset(ReadOnce(images), RGB)
+    for _ in range(2):
+        assert torch.equal(torch.stack([item["images"] for item in stream.first(count)]), images[:count])
+    assert torch.equal(torch.stack([item["images"] for item in stream]), images)
+
+
 def ramp(low, high):
     return torch.linspace(low, high, 192).view(1, 3, 8, 8)
 

@@ -1,5 +1,7 @@
 """Students that make images of text, of tiny Stable Diffusion and SDXL teachers."""
 
+import warnings
+
 import datasets
 import numpy as np
 import pytest
@@ -9,16 +11,20 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from stable_diffusion import make_sdxl, make_stable_diffusion
+from transformers import CLIPImageProcessor
 
 from cm_diffusers import ConsistencyConfig, ConsistencyTrainer, load_pipeline
 from cm_diffusers.doctor import measure_footprint
+from cm_diffusers.evaluation import text_student_sampler
 from cm_diffusers.guidance import GuidedDenoiser
+from cm_diffusers.hub import render_card
 from cm_diffusers.networks import guidance_embedding, network_output
 from cm_diffusers.training import text_to_image
 from cm_diffusers.training.preparation import load_teacher_of
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.text_to_image import TextToImage
 
+BF16 = {torch.bfloat16}
 TEACHERS = {"sd": make_stable_diffusion, "sdxl": make_sdxl}
 LATENTS = {"output_type": "latent", "height": 16, "width": 16}
 
@@ -34,6 +40,16 @@ def captioned():
     pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
     rows = {"image": [Image.fromarray(image) for image in pixels], "text": [f"cat {i}, left" for i in range(24)]}
     return datasets.Dataset.from_dict(rows)
+
+
+class ReadOnce(torch.utils.data.IterableDataset):
+    """A stream that can be read only once."""
+
+    def __init__(self, items):
+        self.stream = iter(items)
+
+    def __iter__(self):
+        return self.stream
 
 
 def train(folder, data, teacher="sd", **changes):
@@ -67,7 +83,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_full_lcm_student_is_a_stock_pipeline(tmp_path, captioned, teacher):
     student = train(tmp_path, captioned, teacher)
-    stock, ours = DiffusionPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of a config that Stable Diffusion takes for outdated
+        stock, ours = DiffusionPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)
     assert isinstance(stock.scheduler, LCMScheduler)
     assert stock.unet.config.time_cond_proj_dim == 256
     expected = latents(student, 8.5)
@@ -84,6 +102,39 @@ def test_what_no_stock_scheduler_samples_alike_keeps_ours(tmp_path, captioned, c
     ours = load_pipeline(tmp_path)
     assert dict(ours.scheduler.config)["few_step_sigmas"] == dict(student.scheduler.config)["few_step_sigmas"]
     assert_same(latents(ours), latents(student))
+
+
+def test_the_guidance_that_a_student_was_trained_on_is_its_default(tmp_path, captioned):
+    train(tmp_path, captioned, w_min=1.0, w_max=3.0)
+    assert text_student_sampler(load_pipeline(tmp_path), 1, ["a cat"]).description.endswith("guidance 3")
+    assert str(render_card(tmp_path, "me/student")).count("guidance_scale=3.0") == 2
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_adapters_draw_at_the_size_of_their_training(tmp_path, captioned, teacher):
+    train(tmp_path, captioned, teacher, lora_rank=2, resolution=32)
+    loaded = load_pipeline(tmp_path, base=TEACHERS[teacher]())
+    assert loaded("a cat", num_inference_steps=1, guidance_scale=1).images[0].size == (32, 32)
+    assert str(render_card(tmp_path, "me/adapters")).count("height=32, width=32") == 1
+
+
+def test_a_trained_pipeline_is_in_one_place_and_precision():
+    text, student = TextToImage(make_stable_diffusion()), make_stable_diffusion(seed=1)
+    text.pipeline.safety_checker = checker = torch.nn.Linear(1, 1)
+    text.pipeline.feature_extractor = CLIPImageProcessor()
+    ready = text.ready(student.to(dtype=torch.bfloat16))
+    parts = [part for part in ready.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) == 4 and {part.weight.dtype for part in (ready.unet.conv_in, ready.safety_checker)} == BF16
+    assert ready.unet is student.unet and checker.weight.dtype == torch.float32
+    assert {weight.dtype for part in parts for weight in part.parameters()} == BF16
+
+
+def test_prompts_take_nothing_from_a_stream_that_is_read_once(tmp_path, captioned):
+    """All 24 pictures are trained on: without one of them, the last batch would not come."""
+    trainer = make_trainer(tmp_path, ReadOnce(captioned), max_train_steps=6, sample_steps=1)
+    assert trainer.prompts == captioned["text"][:2]
+    trainer.train()
+    assert trainer.step == 6
 
 
 def test_large_pictures_are_encoded_in_parts(monkeypatch):
