@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import GaussianFourierProjection
 from torch import Tensor, nn
 
 # How wide the guidance scale is told to networks that are told it (Luo et al. 2023).
@@ -65,12 +66,18 @@ def guidance_embedding(weight: Tensor, channels: int = GUIDANCE_CHANNELS) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def frequencies(network: nn.Module) -> list[nn.Parameter]:
+    """The fixed frequencies by which a network knows its time, if they are among its weights."""
+    return [module.weight for module in network.modules() if isinstance(module, GaussianFourierProjection)]
+
+
 def copy_in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in another precision, without one in the network's own on the way."""
+    """A copy in another precision, without one in the network's own on the way. Its frequencies stay as they are."""
+    fixed = {id(weight) for weight in frequencies(network)}  # which are multiplied by times, and go through sines
     memo: dict[int, Tensor] = {
         id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), weight.requires_grad)
         for weight in network.parameters()
-        if weight.is_floating_point()
+        if weight.is_floating_point() and id(weight) not in fixed
     }
     memo |= {id(b): b.to(dtype, copy=True) for b in network.buffers() if b.is_floating_point()}
     return copy.deepcopy(network, memo)

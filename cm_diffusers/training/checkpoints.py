@@ -151,7 +151,10 @@ def digest_of_file(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """See that a file, or a folder's list of files, is on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # where folders cannot be opened, and files have to be for writing
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

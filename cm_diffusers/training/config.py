@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 
 from cm_diffusers.training.config_checks import check_choices, check_numbers, without_effect
 from cm_diffusers.training.config_values import coerce, read_yaml, unknown_key
-from cm_diffusers.training.methods import METHODS
+from cm_diffusers.training.methods import CONTINUOUS, METHODS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -218,7 +218,12 @@ class ConsistencyConfig:
             from_text (`bool`): whether images are made from text, out of latents. Only then do some options mean
                 anything.
         """
-        choices = {**METHODS[self.method], **(self._choices_from_text() if from_text else {"guidance_scale": 1.0})}
+        method = METHODS[self.method]
+        choices = {**method, **(self._choices_from_text() if from_text else {"guidance_scale": 1.0})}
+        if self.levels == "continuous" != method["levels"]:
+            choices |= CONTINUOUS
+        if self.distance not in (None, method["distance"]):
+            choices["huber_c"] = None  # it belongs to the method's own distance
         choices = {name: value for name, value in choices.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **choices)
         while overridden := choices.keys() & without_effect(config).keys():  # of the method, by something else

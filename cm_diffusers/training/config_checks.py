@@ -94,7 +94,10 @@ def without_effect(config: ConsistencyConfig) -> dict[str, str]:
         **dict.fromkeys(("mu", "mu_schedule"), needs("target", "ema")),
         "skip_interval": needs("levels", "skipping"),
         "huber_c": (config.distance in ("pseudo_huber", "huber"), "`distance='pseudo_huber'` or `'huber'`"),
-        "solver": needs("source", "teacher"),
+        "solver": (
+            config.source == "teacher" and config.levels != "continuous",
+            "`source='teacher'`, and levels that are not continuous, which take no step",
+        ),
         **dict.fromkeys(("p_mean", "p_std"), needs("level_distribution", "lognormal")),
         **dict.fromkeys(("lora_alpha", "lora_targets"), (config.lora_rank is not None, "`lora_rank`")),
         "first_stage_steps": (config.truncation is not None, "`truncation`, with which the second stage begins"),
@@ -145,7 +148,6 @@ def _check_levels(config: ConsistencyConfig) -> None:
         _require(config, "distance", lambda value: value == "l2", "l2, as continuous levels compare derivatives")
         _require(config, "weighting", lambda value: value != "inverse_gap", "uniform or adaptive: there is no gap")
         _require(config, "target", lambda value: value == "student", "the student for continuous levels")
-        _require(config, "solver", lambda value: False, "none for continuous levels, which take no step")
     if levels in ("mapping", "continuous"):
         _require(config, "level_distribution", lambda value: value == "lognormal", "lognormal where there is no grid")
 

@@ -11,7 +11,7 @@ _EASY = {
 }  # fmt: skip
 # A width of 1.4, as published, shows runs of some thousand steps hardly any of the noise that one-step samples start
 # from: MeanFlow's would have twice the FID.
-_CONTINUOUS = {
+CONTINUOUS = {
     "levels": "continuous", "level_distribution": "lognormal", "p_mean": -1.0, "p_std": 2.0, "target": "student",
     "distance": "l2", "weighting": "adaptive",
 }  # fmt: skip
@@ -39,11 +39,11 @@ METHODS: dict[str, dict[str, Any]] = {
     # Lee et al. 2024
     "tcm": {**_EASY, "source": "data", "truncation": 1.0},
     # Lu & Song 2024
-    "sct": {**_CONTINUOUS, "source": "data"},
-    "scd": {**_CONTINUOUS, "source": "teacher"},
+    "sct": {**CONTINUOUS, "source": "data"},
+    "scd": {**CONTINUOUS, "source": "teacher"},
     # Geng et al. 2025
     "meanflow": {
-        **_CONTINUOUS, "source": "data", "flow_map": True, "weighting": "uniform",
+        **CONTINUOUS, "source": "data", "flow_map": True, "weighting": "uniform",
     },
     # Luo et al. 2023
     "lcm": {

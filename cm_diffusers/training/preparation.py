@@ -25,8 +25,8 @@ from cm_diffusers.training.latent_cache import CachedLatents
 from cm_diffusers.training.lora import with_adapters
 from cm_diffusers.training.runtime import in_precision
 from cm_diffusers.training.schedules import default_learning_rate, grid_length
-from cm_diffusers.training.student import add_guidance, add_second_time, make_student
-from cm_diffusers.training.teacher import Teacher, load_teacher
+from cm_diffusers.training.student import add_guidance, add_second_time, cut_variance, make_student
+from cm_diffusers.training.teacher import Teacher, check_network, load_teacher
 from cm_diffusers.training.text_cache import check_cache, is_cache, open_cache
 from cm_diffusers.training.text_to_image import TextToImage
 
@@ -70,6 +70,11 @@ def prepare_teacher(config: ConsistencyConfig, source: Any, precision: str) -> T
                 "float32, and their network is not."
             )
         teacher.unet = in_precision(teacher.unet, config)
+    if config.adversarial_weight and config.teacher_dtype == "float16" and precision != "fp16":
+        raise ValueError(
+            "`adversarial_weight` with `teacher_dtype='float16'` needs `mixed_precision='fp16'`, whose loss scale "
+            "keeps the gradient through the teacher from vanishing. bfloat16 needs none."
+        )
     return teacher
 
 
@@ -85,7 +90,7 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
     if teacher is not None:
         unet, scheduler = _student_of(config, teacher, overrides)
     elif config.unet_config is not None:
-        unet = UNet2DModel.from_config(UNet2DModel.load_config(config.unet_config))
+        unet = new_network(config.unet_config)
         if config.flow_map:
             add_second_time(unet)
         if config.levels == "continuous":
@@ -95,6 +100,23 @@ def prepare_student(config: ConsistencyConfig, teacher: Teacher | None) -> tuple
         raise ValueError("Training without a teacher needs `unet_config`, the config of a UNet2DModel.")
     size = _asked_size(config, None if teacher is None else teacher.text) or unet.config.sample_size or 64
     return unet, _describe_training(config, scheduler, size)
+
+
+def new_network(place: str) -> UNet2DModel:
+    """A network with random weights, from the folder or file of its config.
+
+    Raises:
+        `ValueError`: if it is none that the students of no teacher can have.
+    """
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(place))
+    check_network(unet)
+    if unet.config.time_embedding_type == "fourier":
+        raise ValueError(
+            "`unet_config` with `time_embedding_type='fourier'` is not supported: such a network takes the logarithm "
+            "of its time, and that of a new one is a logarithm already. Take 'positional'."
+        )
+    cut_variance(unet)
+    return unet
 
 
 def _student_of(
@@ -219,6 +241,8 @@ def prepare_data(
     """
     num_classes = unet.config.num_class_embeds if text is None else None
     _check_labels(config, num_classes)
+    if config.distance == "lpips" and unet.config.in_channels not in (1, 3):
+        raise ValueError(f"`distance='lpips'` compares grey or RGB images, not {unet.config.in_channels} channels.")
     dataset = load_data(config, accelerator) if dataset is None else dataset
     spec = _image_spec(config, unet, scheduler, text)
     if isinstance(dataset, CachedLatents):

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.networks import GUIDANCE_CHANNELS
+from cm_diffusers.networks import GUIDANCE_CHANNELS, frequencies
 from cm_diffusers.preconditioning import (
     STOCK_TIME_SCALE,
     CMPreconditioning,
@@ -58,6 +58,8 @@ def make_student(
     preconditioning = read_preconditioning(scheduler)
     if student is None:
         student = copy.deepcopy(unet).float().requires_grad_(True)
+        for weight in frequencies(student):
+            weight.requires_grad_(False)
     cut_variance(student)
     if overrides.get("flow_map"):
         add_second_time(student)

@@ -100,9 +100,6 @@ def load_teacher(
             f"The UNet of {name} makes latents, which its {encoder.pop()} turns into images: latents are supported "
             "of pipelines from text to images alone."
         )
-    taken, given = unet.config.get("in_channels"), unet.config.get("out_channels")
-    if given not in (taken, 2 * (taken or 0)):
-        raise ValueError(f"The network maps {taken} channels to {given}; expected {taken} or twice that.")
     if prediction_type is not None:
         if "prediction_type" not in scheduler.config:
             raise ValueError(f"{type(scheduler).__name__} knows one prediction type: leave it out.")
@@ -131,6 +128,9 @@ def check_network(unet: Any) -> None:
             f"`class_embed_type={config.class_embed_type!r}` is supported with `num_class_embeds` alone: the network "
             "is told something else than a class."
         )
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if given not in (taken, 2 * (taken or 0)):
+        raise ValueError(f"The network maps {taken} channels to {given}; expected {taken} or twice that.")
 
 
 def identify_teacher(teacher: Teacher | None) -> dict[str, Any] | None:

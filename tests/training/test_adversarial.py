@@ -1,5 +1,6 @@
 """What lets a student see real images: the adversarial term, and a part of each batch."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -18,6 +19,7 @@ from cm_diffusers.training.distances import l2
 from cm_diffusers.training.objectives import Losses
 from cm_diffusers.training.objectives.adversarial import Adversarial, Discriminator, feature_channels, features
 from cm_diffusers.training.objectives.pairs import FromTeacher, PairObjective, PartlyFromData, from_data, uniform
+from cm_diffusers.training.preparation import prepare_teacher
 from cm_diffusers.training.randomness import SampleRandom
 from cm_diffusers.training.teacher import Teacher
 from cm_diffusers.training.tracking import Meter
@@ -172,6 +174,14 @@ def test_a_part_of_the_batch_comes_from_the_data():
     for is_real, m, t in zip(own, mixed, taught, strict=True):
         assert is_real or torch.equal(m, t)
     assert torch.equal(lower_points(PartlyFromData(teacher, 1.0)), real)
+
+
+@pytest.mark.parametrize(("precision", "refused"), [(None, True), ("bf16", True), ("fp16", False)])
+def test_a_gradient_through_half_precision_needs_a_scale(precision, refused):
+    config = ConsistencyConfig(method="scd", adversarial_weight=0.1, teacher_dtype="float16").resolve()
+    expected = pytest.raises(ValueError, match="needs `mixed_precision='fp16'`") if refused else nullcontext()
+    with expected:
+        prepare_teacher(config, (build_unet(), diffusers.DDPMScheduler()), precision or "no")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,19 @@ def test_choices_can_be_overridden_one_by_one():
     assert (config.distance, config.num_levels, config.solver) == ("l1", 7, "heun")
 
 
+def test_a_constant_stays_with_the_distance_that_it_is_of():
+    assert ConsistencyConfig(method="lcm").resolve().huber_c == 0.001
+    assert ConsistencyConfig(method="lcm", distance="huber").resolve().huber_c == 0.001
+    assert ConsistencyConfig(method="lcm", distance="pseudo_huber").resolve().huber_c is None
+
+
+@pytest.mark.parametrize(("method", "limit"), [("cd", "scd"), ("ecd", "scd"), ("ict", "sct")])
+def test_a_methods_continuous_limit(method, limit):
+    found = ConsistencyConfig(method=method, levels="continuous").resolve().to_dict()
+    expected = ConsistencyConfig(method=limit).resolve().to_dict()
+    assert {**found, "method": limit} == expected
+
+
 def test_unknown_key_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="'learning_rat'.*Did you mean 'learning_rate'"):
         ConsistencyConfig.from_dict({"learning_rat": 1})

@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from cm_diffusers.network_config import read_preconditioning
-from cm_diffusers.networks import network_output
+from cm_diffusers.networks import copy_in, network_output
 from cm_diffusers.preconditioning import Denoiser
 from cm_diffusers.schedulers import ConsistencyScheduler, ScaledTimeEDMScheduler
 from cm_diffusers.training.objectives.tangents import forward_mode
 from cm_diffusers.training.student import cut_variance, make_student, needs_conversion, refit_time_embedding
+from cm_diffusers.training.teacher import load_teacher
 
 
 def outputs(unet, scheduler_or_base, sigmas=(0.01, 0.3, 2.0, 60.0)):
@@ -143,6 +144,19 @@ def test_a_time_that_is_smooth_already_is_kept(make_unet):
     assert student_scheduler.config.family == "edm"
     assert not needs_conversion(scheduler, student_scheduler)
     assert torch.equal(outputs(student, student_scheduler), outputs(unet, scheduler))
+
+
+def test_fixed_frequencies_are_neither_trained_nor_rounded(make_unet):
+    teacher = load_teacher((make_unet(time_embedding_type="fourier"), diffusers.ScoreSdeVeScheduler()))
+    fixed = teacher.unet.time_proj.weight
+    student, _ = make_student(teacher.unet, teacher.scheduler, convert=True)
+    assert {n for n, w in student.named_parameters() if not w.requires_grad} == {"time_proj.weight"}
+    half = copy_in(teacher.unet, torch.bfloat16)
+    assert torch.equal(half.time_proj.weight, fixed) and half.time_proj.weight is not fixed
+    sample, time = torch.zeros(1, 3, 8, 8), torch.tensor([50.0])
+    torch.testing.assert_close(
+        half(sample.bfloat16(), time).sample.float(), teacher.unet(sample, time).sample, atol=0.05, rtol=0
+    )
 
 
 def test_a_time_that_cannot_be_made_smooth_is_told_of(make_unet, caplog):

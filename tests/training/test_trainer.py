@@ -120,6 +120,45 @@ def test_ct_trains_without_a_teacher(tmp_path):
     assert pipeline.scheduler.is_stock
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time_embedding_type": "fourier"}, "Take 'positional'"),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 1000}, "knows whole times alone"),
+        ({"out_channels": 5}, "maps 3 channels to 5"),
+    ],
+)
+def test_new_networks_that_cannot_be_students_are_refused(changes, message, tmp_path):
+    build_unet(**changes).save_config(tmp_path / "unet")
+    config = make_config(tmp_path / "out", method="ect", unet_config=str(tmp_path / "unet"), num_levels=None)
+    with pytest.raises(ValueError, match=message):
+        ConsistencyTrainer(config, train_dataset=IMAGES)
+
+
+def test_a_new_network_predicts_no_variance(tmp_path):
+    build_unet(out_channels=6).save_config(tmp_path / "unet")
+    config = make_config(tmp_path / "out", method="ect", unet_config=str(tmp_path / "unet"), num_levels=None)
+    assert ConsistencyTrainer(config, train_dataset=IMAGES).unet.config.out_channels == 3
+
+
+@pytest.mark.parametrize("method", ["cd", "ect", "ecd", "tcm"])
+def test_half_precision_leaves_no_weight_without_gradient(method, tmp_path):
+    """Torch up to 2.9 keeps what autocast has cast for the target, without gradient, for the student."""
+    changes = {"mu": 0.0} if method == "cd" else {"num_levels": None}
+    teacher = build_unet(add_attention=False), diffusers.DDPMScheduler()  # the bias of keys changes nothing
+    trainer = make_trainer(tmp_path, teacher, method=method, mixed_precision="bf16", conversion_steps=0, **changes)
+    before = {name: weight.detach().clone() for name, weight in trainer.unet.named_parameters()}
+    trainer.train()
+    assert [n for n, weight in trainer.unet.named_parameters() if torch.equal(weight, before[n])] == []
+
+
+def test_channels_that_lpips_does_not_know_are_refused_at_once(tmp_path):
+    unet = build_unet(in_channels=4, out_channels=4)
+    config = make_config(tmp_path, distance="lpips", weighting="uniform")
+    with pytest.raises(ValueError, match="compares grey or RGB images, not 4 channels"):
+        ConsistencyTrainer(config, (unet, diffusers.DDPMScheduler()), torch.rand(8, 4, 8, 8))
+
+
 @pytest.mark.parametrize(("method", "steps"), [("ect", 2), ("ect", 0), ("cd", 0)])
 def test_the_teacher_is_checked_where_something_is_learned_of_it(method, steps, tmp_path, caplog):
     changes = {"method": method, "num_levels": None, "conversion_steps": steps, "teacher_check": True}

@@ -134,6 +134,9 @@ class PairObjective:
             lower = self.source(images, noise, sample, pair, random, **conditioning)
             with same_dropout(self.student.network, images.device):
                 target = self.target(lower, pair.sigma_lower, **conditioning)
+        # Torch up to 2.9 keeps the weights that autocast has cast in there. They have no gradient, and the student,
+        # where its network is the target's, would be given them.
+        torch.clear_autocast_cache()
         prediction = self.student(sample, pair.sigma, **conditioning)
         weights = send(self.weighting(pair), images.device)
         return Losses(weights * self.distance(prediction, target), pair.sigma, prediction)
