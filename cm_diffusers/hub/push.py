@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from cm_diffusers.hub.card import is_rendered, render_card
@@ -183,7 +183,8 @@ def _status(error: Exception) -> int | None:
     """The Hub's answer, if there was one; a missing token is as good as a refused one."""
     if isinstance(error, LocalTokenNotFoundError):
         return 401
-    return int(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
+    response = getattr(error, "response", None)  # the client's errors are not all of one class
+    return None if response is None else int(response.status_code)
 
 
 def _explained(error: Exception, repo_id: str) -> str:

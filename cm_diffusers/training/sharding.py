@@ -7,7 +7,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import __version__ as torch_version
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from cm_diffusers.training import zero
 from cm_diffusers.training.config import ConsistencyConfig
@@ -26,6 +27,8 @@ def prepare_sharding(accelerator: Accelerator, config: ConsistencyConfig) -> Non
             "FSDP shards weights in its second version only: set `fsdp_version: 2` in accelerate's config."
         )
     elif accelerator.distributed_type == DistributedType.FSDP:
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise ValueError(f"FSDP needs torch 2.8, which shards what has no gradient, too; got {torch_version}.")
         # FSDP's own mixed precision would round noise levels and sum gradients in bf16. Autocast does neither.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     elif uses_zero(accelerator):

@@ -242,7 +242,7 @@ def test_a_new_network_can_be_a_flow_map(tmp_path):
         ({"method": "scd", "distance": "l1"}, "`distance` must be l2"),
         ({"method": "scd", "weighting": "inverse_gap"}, "there is no gap"),
         ({"method": "sct", "target": "ema", "mu": 0.9}, "`target` must be the student"),
-        ({"method": "scd", "solver": "heun"}, "`solver` must be none"),
+        ({"method": "scd", "solver": "heun"}, "`solver` needs .*levels that are not continuous"),
         ({"method": "ect", "level_distribution": "uniform"}, "lognormal where there is no grid"),
         ({"method": "ect", "tangent_warmup_steps": 3}, "`tangent_warmup_steps` needs `levels='continuous'`"),
         ({"method": "cd", "stages": 3}, "`stages` needs `levels='mapping'`"),

