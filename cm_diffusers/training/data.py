@@ -282,7 +282,7 @@ class StreamedImages(_Images, IterableDataset[dict[str, Any]]):
         return self._augmented(self._raw())
 
     def first(self, count: int) -> list[dict[str, Any]]:
-        """Up to so many images, as iterating gives them. Before it, nothing is lost of a stream that is read once."""
+        """Up to so many images, as iterating gives them. Those of a stream that can be read only once come again."""
         held, taken = self._held, list[Any]()
         stream = itertools.chain(held, self.dataset)
         images = self._augmented(taken.append(raw) or raw for raw in stream)  # type: ignore[func-returns-value]
