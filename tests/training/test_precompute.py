@@ -295,7 +295,7 @@ def test_the_teacher_is_checked_on_latents_of_the_cache(tmp_path, caches):
 def test_samples_need_prompts(tmp_path, caches, caplog):
     trainer = make_trainer(tmp_path, caches["sd"])
     assert "samples are drawn without a prompt. Set `sample_prompts`" in caplog.text
-    draw = drawing(trainer.pipeline(), trainer.config, trainer.text, trainer.dataset)
+    draw = drawing(trainer.pipeline(), trainer.config, trainer.text, trainer.prompts)
     assert draw([0, 1], 1).shape == (2, 16, 16, 3)
     caplog.clear()
     make_trainer(tmp_path, caches["sd"], sample_prompts=["a dog"])
