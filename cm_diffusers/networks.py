@@ -66,6 +66,11 @@ def guidance_embedding(weight: Tensor, channels: int = GUIDANCE_CHANNELS) -> Ten
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def networks_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The parts of a diffusers pipeline that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
 def frequencies(network: nn.Module) -> list[nn.Parameter]:
     """The fixed frequencies by which a network knows its time, if they are among its weights."""
     return [module.weight for module in network.modules() if isinstance(module, GaussianFourierProjection)]

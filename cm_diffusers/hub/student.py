@@ -118,7 +118,7 @@ class Student:
 
     # What is known of it ---------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def record(self) -> TrainingRecord | None:
         return TrainingRecord.load(self.folder)
 

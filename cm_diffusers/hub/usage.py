@@ -140,5 +140,5 @@ def _image(student: Student, at_size: bool = False) -> str:
     steps = min(STEPS, student.scheduler.grid_length)
     choices = {} if student.record is None else student.record.choices
     guidance = told_guidance(choices) if student.is_told_guidance else 1.0
-    size = f", height={student.image_size[0]}, width={student.image_size[1]}" if at_size and student.image_size else ""
+    size = ", height={}, width={}".format(*student.image_size) if at_size and student.image_size else ""
     return f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={guidance}{size}).images[0]'

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cm_diffusers.networks import copy_in
+from cm_diffusers.networks import copy_in, networks_of
 from cm_diffusers.pipelines.stored import StoredPipeline
 from cm_diffusers.schedulers import ConsistencyScheduler
 from cm_diffusers.training.lora import save_adapters
@@ -72,9 +72,8 @@ def save_student(pipeline: Any, folder: Path) -> None:
 
 def in_one_precision(pipeline: Any) -> dict[str, nn.Module]:
     """Copies, in its network's precision, of a pipeline's parts in another: loaded as they are, they would not fit."""
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     dtype = pipeline.unet.dtype
-    return {name: copy_in(m, dtype) for name, m in modules.items() if m.dtype != dtype}
+    return {name: copy_in(part, dtype) for name, part in networks_of(pipeline).items() if part.dtype != dtype}
 
 
 def save_into(pipeline: Any, folder: Path) -> None:

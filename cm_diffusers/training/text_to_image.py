@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from cm_diffusers.networks import copy_in
+from cm_diffusers.networks import copy_in, networks_of
 from cm_diffusers.pipelines.text import network_latents, overflows_in_half
 from cm_diffusers.training.randomness import SampleRandom
 
@@ -81,8 +81,7 @@ class TextToImage:
     def ready(self, student: Any) -> Any:
         """A student's pipeline with copies of all other parts where its network is, and in its precision."""
         weight = student.unet.conv_in.weight
-        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        others = {name: part for name, part in parts.items() if name != "unet"}
+        others = {name: part for name, part in networks_of(self.pipeline).items() if name != "unet"}
         copies = _copies(others, weight.device, weight.dtype, vae_dtype=weight.dtype)
         return self._with({"unet": student.unet, "scheduler": student.scheduler, **copies})
 
