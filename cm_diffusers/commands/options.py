@@ -51,7 +51,7 @@ def add_guidance(parser: Parser, of_text: bool = False) -> None:
 def add_student(parser: Parser) -> None:
     """The student, and which of its revisions."""
     parser.add_argument("model", metavar="PATH", help="folder or Hub id of the student")
-    parser.add_argument("--revision", help="its branch, tag or commit on the Hub")
+    parser.add_argument("--revision", help="the student's branch, tag or commit on the Hub")
 
 
 def add_model_options(parser: Parser) -> None:
