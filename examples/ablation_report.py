@@ -64,11 +64,11 @@ def report_text(
     protocol = prepare(setting, runs[0].folder)[1].protocol
     lines = [
         f"# {runs[0].study}, {setting.name}", "",
-        f"Every run has the compute of {budget:g} trainings of the teacher: {budget * setting.teacher_passes:,.0f} "
-        "forward passes of one image. Seconds are of training alone.",
-        f"FID of {protocol}: mean ± standard deviation over {len(seeds)} seed(s), teachers and students alike. "
-        f"Ratios, in {', '.join(map(str, NFES))} steps, are to the best of each seed's own teacher.", "",
-        table(["run", "passes a step", "steps", *(f"FID, {nfe} step{'s' * (nfe > 1)}" for nfe in NFES),
+        f"Every run has the compute of {plural(budget, 'training')} of the teacher: "
+        f"{budget * setting.teacher_passes:,.0f} forward passes of one image. Seconds are of training alone.",
+        f"FID of {protocol}: mean ± standard deviation over {plural(len(seeds), 'seed')}, teachers and students "
+        f"alike. Ratios, in {', '.join(map(str, NFES))} steps, are to the best of each seed's own teacher.", "",
+        table(["run", "passes a step", "steps", *(f"FID, {plural(nfe, 'step')}" for nfe in NFES),
                "over teacher's best", "seconds", "levels of 2 and 4 steps", "remarks"],
               [run_row(run, groups[run.name], teachers, seeds) for run in runs if run.seed == runs[0].seed]), "",
         table(["teacher", "evaluations", "FID"], teacher_rows(teachers)), "",
@@ -77,6 +77,10 @@ def report_text(
         "![Samples in 1, 2 and 4 steps, and the teacher's](samples.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def plural(count: float, noun: str) -> str:
+    return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
